@@ -1,0 +1,1 @@
+"""``msd.MatMul``: a float activation times a low-bit weight, without dequantizing the weight."""

@@ -1,0 +1,284 @@
+"""``msd.MatMul`` as an ONNX function of standard ops: what runs where the native library is not.
+
+The text follows `reference.py` step by step and agrees with it, and with every native kernel, to the
+last bit. A function is inlined at the *model's* opset, so the reductions, the only ops here whose form
+changed between opset 11 and today, are spelled for it. No attribute can become a tensor at opset 11;
+that is why the op takes its plan as an input.
+
+Choices that are not obvious:
+
+* both operands of ``MatMulInteger`` are uint8 with a zero point: the one pairing that is exact on every
+  CPU and fast on most;
+* the terms are stacked as rows [T * M, B] of one product, which the runtime tiles better than T small ones;
+* ``Scan`` over the K-groups: one batched product would hold G x M x N partial sums;
+* ``Div(limit, peak)`` then ``Mul``: onnxruntime keeps its bits, where it turns ``Div(1, scale)`` then
+  ``Mul`` into another division;
+* ``poison``, a sum of 0 * x, carries NaN and Inf, which ``ReduceMax`` and ``Cast`` lose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import onnx
+from onnx import parser
+
+OLDEST_OPSET = 11
+"""Below it the body's ops (``Round``, ``BitShift``, ``Range``) do not exist."""
+
+
+@dataclass(frozen=True)
+class _Arithmetic:
+    """How one branch computes: terms 1 and 2 in float32, 3 in float64 (METHOD: 254^2 * 127 is almost 2^23)."""
+
+    real: str
+    real_id: int
+    limit: str
+    radix: str
+    combine: str
+    """Ops from ``passes`` (int32 [T, M, N]) to ``weighted``, whose sum over T is exact."""
+    exact_id: int
+
+
+_FLOAT32 = _Arithmetic(
+    real="float",
+    real_id=1,
+    limit="limits = Constant <value = float[2] {127, 32258}> ()\nlimit = Slice (limits, terms_less_1, terms)",
+    radix="radix_all = Constant <value = float[2] {254, 1}> ()",
+    combine="weighted = Mul (passes, radix_passes)",
+    exact_id=6,
+)
+_FLOAT64 = _Arithmetic(
+    real="double",
+    real_id=11,
+    limit="limit = Constant <value = double[1] {8193532}> ()",
+    radix="radix_all = Constant <value = double[3] {64516, 254, 1}> ()",
+    combine="passes_exact = Cast <to = 11> (passes)\nweighted = Mul (passes_exact, radix_passes)",
+    exact_id=11,
+)
+
+
+class _Reductions:
+    """ReduceMax and ReduceSum over one axis in the form of an opset."""
+
+    def __init__(self, opset: int):
+        self.opset = opset
+
+    def __call__(self, y: str, op: str, x: str, axis: int, keep: int = 1) -> str:
+        axes_are_an_input_from = {"ReduceSum": 13, "ReduceMax": 18}[op]
+        if self.opset < axes_are_an_input_from:
+            return f"{y} = {op} <axes = [{axis}], keepdims = {keep}> ({x})"
+        return (
+            f"{y}_axes = Constant <value = int64[1] {{{axis}}}> ()\n"
+            f"{y} = {op} <keepdims = {keep}> ({x}, {y}_axes)"
+        )
+
+
+def _reshape_with_zeros(opset: int, y: str, x: str, shape: str) -> str:
+    """``Reshape`` to a shape in which 0 means zero: an attribute from opset 14 on, before that a case of its own."""
+    if opset >= 14:
+        return f"{y} = Reshape <allowzero = 1> ({x}, {shape})"
+    return f"""
+    elements = ReduceProd <keepdims = 1> ({shape})
+    is_empty = Equal (elements, at_0)
+    {y} = If (is_empty) <
+        then_branch = empty () => (float[] {y}_empty) {{ {y}_empty = ConstantOfShape ({shape}) }},
+        else_branch = full () => (float[] {y}_full) {{ {y}_full = Reshape ({x}, {shape}) }}
+    >"""
+
+
+def _branch(a: _Arithmetic, reduce: _Reductions) -> str:
+    """Decompose the grouped activation and multiply it with the unpacked weight, group by group."""
+    return f"""
+    half = Constant <value = uint8 {{128}}> ()
+    zero = Constant <value = {a.real} {{0}}> ()
+    base = Constant <value = {a.real} {{254}}> ()
+    shift = Constant <value = {a.real} {{128}}> ()
+    {a.limit}
+    {a.radix}
+    negative_terms = Neg (terms)
+    radix = Slice (radix_all, negative_terms, end)
+    x_real = Cast <to = {a.real_id}> (x_groups)
+    peak_real = Cast <to = {a.real_id}> (safe_peak)
+    poison_real = Cast <to = {a.real_id}> (poison)
+
+    inverse = Div (limit, peak_real)
+    scaled = Mul (x_real, inverse)
+    rounded = Round (scaled)
+    codes = Where (live, rounded, zero)
+    step_raw = Div (peak_real, limit)
+    step_live = Where (live, step_raw, zero)
+    step = Add (step_live, poison_real)
+    {reduce("code_sums", "ReduceSum", "codes", 2)}
+
+    radix_levels_shape = Constant <value = int64[4] {{-1, 1, 1, 1}}> ()
+    radix_levels = Reshape (radix, radix_levels_shape)
+    levels_raw = Div (codes, radix_levels)
+    levels = Round (levels_raw)
+    radix_coarser = Mul (radix_levels, base)
+    coarser_raw = Div (codes, radix_coarser)
+    coarser = Round (coarser_raw)
+    coarser_based = Mul (coarser, base)
+    digits = Sub (levels, coarser_based)
+    digits_shifted = Add (digits, shift)
+    digits_uint8 = Cast <to = 2> (digits_shifted)
+
+    radix_passes_shape = Constant <value = int64[3] {{-1, 1, 1}}> ()
+    radix_3d = Reshape (radix, radix_passes_shape)
+    radix_passes = Cast <to = {a.exact_id}> (radix_3d)
+    digits_GTMB = Transpose <perm = [2, 0, 1, 3]> (digits_uint8)
+    stacked_shape = Concat <axis = 0> (groups, minus_one, block)
+    digits_stacked = Reshape (digits_GTMB, stacked_shape)
+    passes_shape = Concat <axis = 0> (terms, minus_one, n)
+    step_GM1 = Transpose <perm = [1, 0, 2]> (step)
+    sums_GM1 = Transpose <perm = [1, 0, 2]> (code_sums)
+    scales_real = Cast <to = {a.real_id}> (scales_G1N)
+    offsets_real = Cast <to = {a.real_id}> (offsets_G1N)
+    bias_real = Cast <to = {a.real_id}> (bias)
+    m = Shape (x_groups)
+    m_1 = Slice (m, at_0, at_1)
+    acc_shape = Concat <axis = 0> (m_1, n)
+    acc_zero = Expand (zero, acc_shape)
+    acc = Scan <num_scan_inputs = 7, body = group (
+            {a.real}[?, ?] sum_in, uint8[?, ?] d, {a.real}[?, 1] sx, {a.real}[?, 1] r,
+            uint8[?, ?] w, {a.real}[1, ?] sw, uint8[?] z, {a.real}[1, ?] o
+        ) => ({a.real}[?, ?] sum_out) {{
+        passes_stacked = MatMulInteger (d, w, half, z)
+        passes = Reshape (passes_stacked, passes_shape)
+        {a.combine}
+        {reduce("exact", "ReduceSum", "weighted", 0, keep=0)}
+        product = Cast <to = {a.real_id}> (exact)
+        drift = Mul (o, r)
+        centred = Sub (product, drift)
+        scale = Mul (sx, sw)
+        contribution = Mul (centred, scale)
+        sum_out = Add (sum_in, contribution)
+    }}> (acc_zero, digits_stacked, step_GM1, sums_GM1, w_GBN, scales_real, zero_points_GN, offsets_real)
+    biased = Add (acc, bias_real)
+    """
+
+
+@cache
+def matmul_body(opset: int) -> onnx.FunctionProto:
+    """The function ``msd.MatMul`` for a model of default-domain opset ``opset``.
+
+    Raises:
+        ValueError: ``opset`` is below `OLDEST_OPSET`.
+    """
+    if opset < OLDEST_OPSET:
+        raise ValueError(f"msd.MatMul has a body from opset {OLDEST_OPSET} on, got {opset}")
+    reduce = _Reductions(opset)
+    constants = "\n".join(
+        f"at_{i} = Constant <value = int64[1] {{{i}}}> ()" for i in range(6)
+    )
+    text = f"""
+<domain: "msd", opset_import: ["" : {opset}]>
+MatMul <layout, output_dtype> (A, B, scales, zero_points, offsets, bias, plan) => (Y) {{
+    {constants}
+    minus_one = Constant <value = int64[1] {{-1}}> ()
+    end = Constant <value = int64[1] {{9223372036854775807}}> ()
+    k = Slice (plan, at_0, at_1)
+    bits = Slice (plan, at_1, at_2)
+    block = Slice (plan, at_2, at_3)
+    terms = Slice (plan, at_3, at_4)
+    per_row = Slice (plan, at_4, at_5)
+    n = Shape (bias)
+    b_shape = Shape (B)
+    tiles = Slice (b_shape, at_0, at_1)
+    groups = Slice (b_shape, at_1, at_2)
+
+    scalar = Constant <value = int64[1] {{0}}> ()
+    eight = Constant <value = int64 {{8}}> ()
+    none = Constant <value = int64 {{0}}> ()
+    no_dim = Constant <value = int64[0] {{}}> ()
+    bits_scalar = Reshape (bits, no_dim)
+    right_shifts = Range (none, eight, bits_scalar)
+    spare = Sub (eight, bits)
+    left_shifts = Sub (spare, right_shifts)
+    left = Cast <to = 2> (left_shifts)
+    right = Cast <to = 2> (spare)
+    byte_shape = Constant <value = int64[5] {{0, 0, 0, 0, 1}}> ()
+    b_bytes = Reshape (B, byte_shape)
+    b_left = BitShift <direction = "LEFT"> (b_bytes, left)
+    b_codes = BitShift <direction = "RIGHT"> (b_left, right)
+    quad_shape = Constant <value = int64[6] {{0, 0, 0, 16, 4, -1}}> ()
+    b_quads = Reshape (b_codes, quad_shape)
+    b_ordered = Transpose <perm = [1, 2, 5, 4, 0, 3]> (b_quads)
+    sixteen = Constant <value = int64[1] {{16}}> ()
+    n_padded = Mul (tiles, sixteen)
+    w_shape = Concat <axis = 0> (groups, minus_one, n_padded)
+    w_padded = Reshape (b_ordered, w_shape)
+    w_starts = Concat <axis = 0> (at_0, at_0)
+    w_ends = Concat <axis = 0> (block, n)
+    w_axes = Concat <axis = 0> (at_1, at_2)
+    w_GBN = Slice (w_padded, w_starts, w_ends, w_axes)
+
+    middle_shape = Constant <value = int64[3] {{0, 1, -1}}> ()
+    columns_shape = Constant <value = int64[2] {{0, -1}}> ()
+    per_column = Concat <axis = 0> (groups, at_1, n)
+    zero_points_shape = Concat <axis = 0> (groups, n)
+    scales_t = Transpose <perm = [1, 0, 2]> (scales)
+    scales_2d = Reshape (scales_t, columns_shape)
+    scales_cut = Slice (scales_2d, at_0, n, at_1)
+    scales_3d = Reshape (scales_cut, middle_shape)
+    zero_points_t = Transpose <perm = [1, 0, 2]> (zero_points)
+    zero_points_2d = Reshape (zero_points_t, columns_shape)
+    zero_points_cut = Slice (zero_points_2d, at_0, n, at_1)
+    zero_points_GN = Expand (zero_points_cut, zero_points_shape)
+    offsets_t = Transpose <perm = [1, 0, 2]> (offsets)
+    offsets_2d = Reshape (offsets_t, columns_shape)
+    offsets_cut = Slice (offsets_2d, at_0, n, at_1)
+    offsets_3d = Reshape (offsets_cut, middle_shape)
+    scales_G1N = Expand (scales_3d, per_column)
+    offsets_G1N = Expand (offsets_3d, per_column)
+
+    x = Cast <to = 1> (A)
+    rows_shape = Concat <axis = 0> (minus_one, k)
+    x_rows = Reshape (x, rows_shape)
+    k_padded = Mul (groups, block)
+    k_tail = Sub (k_padded, k)
+    pads = Concat <axis = 0> (at_0, at_0, at_0, k_tail)
+    x_padded = Pad (x_rows, pads)
+    groups_shape = Concat <axis = 0> (minus_one, groups, block)
+    x_groups = Reshape (x_padded, groups_shape)
+
+    zero_f = Constant <value = float {{0}}> ()
+    one_f = Constant <value = float {{1}}> ()
+    tiny = Constant <value = float {{7.888609052210118e-31}}> ()
+    magnitude = Abs (x_groups)
+    nothing = Mul (x_groups, zero_f)
+    {reduce("group_peak", "ReduceMax", "magnitude", 2)}
+    {reduce("group_poison", "ReduceSum", "nothing", 2)}
+    {reduce("row_peak", "ReduceMax", "group_peak", 1)}
+    {reduce("row_poison", "ReduceSum", "group_poison", 1)}
+    by_row = Cast <to = 9> (per_row)
+    peak = Where (by_row, row_peak, group_peak)
+    poison = Where (by_row, row_poison, group_poison)
+    finite = Equal (poison, poison)
+    is_tiny = Less (peak, tiny)
+    is_not_tiny = Not (is_tiny)
+    live = And (finite, is_not_tiny)
+    safe_peak = Where (live, peak, one_f)
+
+    three = Constant <value = int64[1] {{3}}> ()
+    terms_less_1 = Sub (terms, at_1)
+    three_terms = Equal (terms, three)
+    y_rows = If <
+        then_branch = in_float64 () => (float[?, ?] y64) {{
+            {_branch(_FLOAT64, reduce)}
+            y64 = Cast <to = 1> (biased)
+        }},
+        else_branch = in_float32 () => (float[?, ?] y32) {{
+            {_branch(_FLOAT32, reduce)}
+            y32 = Identity (biased)
+        }}
+    > (three_terms)
+    a_shape = Shape (A)
+    leading = Slice (a_shape, at_0, minus_one)
+    y_shape = Concat <axis = 0> (leading, n)
+    {_reshape_with_zeros(opset, "y", "y_rows", "y_shape")}
+    Y = Cast <to : int = @output_dtype> (y)
+}}
+"""
+    return parser.parse_function(text)

@@ -1,0 +1,137 @@
+"""How ``msd.MatMul`` stores its weight: layout ``n16k4``, number 1.
+
+One layout serves every instruction set, so a file made on one machine runs on any other. The unit is a
+*line* of 64 bytes: 16 output columns times 4 consecutive steps of K, the shape that ``vpdpbusd``, SDOT and
+AMX multiply, and that holds the pairs of ``vpmaddwd`` and ``vpdpwssd``. Codes are unsigned with a zero point.
+
+``B`` is ``uint8[tiles, groups, lines, 64]``, C order:
+
+* ``tiles = ceil(N / 16)``: tile ``t`` holds columns ``16 t .. 16 t + 15``; columns beyond N are zero codes;
+* ``groups = ceil(K / block_size)``: group ``g`` starts at ``k = g * block_size``; a group has one weight scale
+  and (unless the plan says per row) one activation scale, and is one exact integer sum;
+* ``lines = ceil(block_size / (4 U))`` with ``U = 8 / bits`` codes to a byte: a group never shares a line,
+  and the codes beyond its end, or beyond K, are zero bits that meet zero activations;
+* byte ``4 c + i`` of line ``l`` holds column ``c`` of the tile; its bits ``[u * bits, (u + 1) * bits)`` are the code at
+  ``k = g * block_size + 4 * (l * U + u) + i``.
+
+``scales`` (float32), ``zero_points`` (uint8) and ``offsets`` (float32) are ``[tiles, groups, 16]``, so that a kernel
+reads them beside the lines they belong to; ``groups`` is 1 where all groups share a value, and zero points and offsets
+that are one number everywhere are ``[1, 1, 1]``. ``offsets`` is the part of a zero point that is no integer.
+
+In a data file B starts at a multiple of 64 bytes; a kernel may not rely on it (an embedded tensor is unaligned).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+LAYOUT = "n16k4/1"
+"""Value of the required attribute ``layout``: a kernel refuses any other."""
+
+TILE = 16
+"""Output columns of a line."""
+
+QUAD = 4
+"""Consecutive K of one column in a line."""
+
+LONGEST_GROUP = 256
+"""A sum of 256 products of a 16-bit code (at most 32258) and a weight (|w - z| <= 255) fits int32."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``msd.MatMul`` needs to know and cannot read off its inputs' shapes: the input ``plan``, int64[5].
+
+    It is an input and not a set of attributes because at opset 11 no attribute can become a tensor, and the
+    function body must run there.
+    """
+
+    k: int
+    """Length of the reduction, the last dimension of A."""
+    bits: int
+    """2, 4 or 8 per weight code."""
+    block_size: int
+    """K-steps per group, 1 to `LONGEST_GROUP`; the last group may be shorter."""
+    terms: int
+    """INT8 terms of the activation, 1 to 3."""
+    per_row: bool
+    """One activation scale for the whole row instead of one per row and group."""
+
+    @property
+    def groups(self) -> int:
+        return -(-self.k // self.block_size)
+
+    @property
+    def codes_per_byte(self) -> int:
+        return 8 // self.bits
+
+    @property
+    def lines(self) -> int:
+        """Lines of 64 bytes per tile and group."""
+        return -(-self.block_size // (QUAD * self.codes_per_byte))
+
+    def packed_shape(self, n: int) -> tuple[int, int, int, int]:
+        """Shape of ``B`` for ``n`` output columns."""
+        return (-(-n // TILE), self.groups, self.lines, TILE * QUAD)
+
+    def tensor(self) -> np.ndarray:
+        """The input ``plan``."""
+        return np.array([self.k, self.bits, self.block_size, self.terms, self.per_row], np.int64)
+
+    @classmethod
+    def of(cls, tensor: np.ndarray) -> Plan:
+        """Read the input ``plan``."""
+        k, bits, block_size, terms, per_row = (int(v) for v in tensor)
+        return cls(k, bits, block_size, terms, bool(per_row))
+
+
+def pack_codes(codes: np.ndarray, plan: Plan) -> np.ndarray:
+    """Arrange weight codes as the op reads them.
+
+    Args:
+        codes: ``[K, N]`` uint8 in ``[0, 2**bits)``.
+        plan: K, bits and block size.
+
+    Returns:
+        ``[tiles, groups, lines, 64]`` uint8.
+    """
+    k, n = codes.shape
+    tiles, groups, lines, width = plan.packed_shape(n)
+    u = plan.codes_per_byte
+    padded = np.zeros((groups, lines * u * QUAD, tiles * TILE), np.uint8)
+    for g in range(groups):
+        rows = codes[g * plan.block_size : min(k, (g + 1) * plan.block_size)]
+        padded[g, : len(rows), :n] = rows
+    axes = padded.reshape(groups, lines, u, QUAD, tiles, TILE).transpose(2, 4, 0, 1, 5, 3)
+    packed = np.zeros((tiles, groups, lines, TILE, QUAD), np.uint8)
+    for position, part in enumerate(axes):
+        packed |= part << np.uint8(position * plan.bits)
+    return packed.reshape(tiles, groups, lines, width)
+
+
+def unpack_codes(packed: np.ndarray, n: int, plan: Plan) -> np.ndarray:
+    """The inverse of `pack_codes`: ``[K, n]`` uint8."""
+    tiles, groups, lines, _ = packed.shape
+    u = plan.codes_per_byte
+    shifts = np.arange(0, 8, plan.bits, dtype=np.uint8)
+    parts = (packed[..., None] >> shifts) & np.uint8(2**plan.bits - 1)
+    axes = parts.reshape(tiles, groups, lines, TILE, QUAD, u).transpose(1, 2, 5, 4, 0, 3)
+    padded = axes.reshape(groups, lines * u * QUAD, tiles * TILE)
+    return padded[:, : plan.block_size, :n].reshape(groups * plan.block_size, n)[: plan.k]
+
+
+def pack_columns(values: np.ndarray) -> np.ndarray:
+    """Arrange one value per group and column, ``[groups, N]``, as ``[tiles, groups, 16]``; padding is 0."""
+    groups, n = values.shape
+    tiles = -(-n // TILE)
+    padded = np.zeros((groups, tiles * TILE), values.dtype)
+    padded[:, :n] = values
+    return np.ascontiguousarray(padded.reshape(groups, tiles, TILE).transpose(1, 0, 2))
+
+
+def unpack_columns(packed: np.ndarray, n: int, groups: int) -> np.ndarray:
+    """The inverse of `pack_columns`, with shared values repeated: ``[groups, n]``."""
+    columns = packed.transpose(1, 0, 2).reshape(packed.shape[1], -1)[:, :n]
+    return np.broadcast_to(columns, (groups, n))
