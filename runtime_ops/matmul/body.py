@@ -11,8 +11,14 @@ Choices that are not obvious:
   CPU and fast on most;
 * the terms are stacked as rows [T * M, B] of one product, which the runtime tiles better than T small ones;
 * ``Scan`` over the K-groups: one batched product would hold G x M x N partial sums;
+* B is unpacked with long inner runs, the codes of a byte outermost and the quads turned before the tiles: the runtime folds
+  that when a session starts, and a broadcast or transpose of single bytes is twenty times slower;
 * ``Div(limit, peak)`` then ``Mul``: onnxruntime keeps its bits, where it turns ``Div(1, scale)`` then
   ``Mul`` into another division;
+* the last op makes Y itself and is no ``Cast`` that the runtime drops: so Y keeps the shape that the model declares for it,
+  and the runtime fuses what follows as it does behind the native kernel, to the same bits;
+* what depends on the weight alone is cast outside the branches: onnxruntime 1.24 to 1.27 lose a constant that they
+  folded within the branch they then keep;
 * ``poison``, a sum of 0 * x, carries NaN and Inf, which ``ReduceMax`` and ``Cast`` lose.
 """
 
@@ -34,6 +40,8 @@ class _Arithmetic:
 
     real: str
     real_id: int
+    suffix: str
+    """Of the names of scales, offsets and bias in that type."""
     limit: str
     radix: str
     combine: str
@@ -44,6 +52,7 @@ class _Arithmetic:
 _FLOAT32 = _Arithmetic(
     real="float",
     real_id=1,
+    suffix="_float",
     limit="limits = Constant <value = float[2] {127, 32258}> ()\nlimit = Slice (limits, terms_less_1, terms)",
     radix="radix_all = Constant <value = float[2] {254, 1}> ()",
     combine="weighted = Mul (passes, radix_passes)",
@@ -52,6 +61,7 @@ _FLOAT32 = _Arithmetic(
 _FLOAT64 = _Arithmetic(
     real="double",
     real_id=11,
+    suffix="_double",
     limit="limit = Constant <value = double[1] {8193532}> ()",
     radix="radix_all = Constant <value = double[3] {64516, 254, 1}> ()",
     combine="passes_exact = Cast <to = 11> (passes)\nweighted = Mul (passes_exact, radix_passes)",
@@ -69,23 +79,20 @@ class _Reductions:
         axes_are_an_input_from = {"ReduceSum": 13, "ReduceMax": 18}[op]
         if self.opset < axes_are_an_input_from:
             return f"{y} = {op} <axes = [{axis}], keepdims = {keep}> ({x})"
-        return (
-            f"{y}_axes = Constant <value = int64[1] {{{axis}}}> ()\n"
-            f"{y} = {op} <keepdims = {keep}> ({x}, {y}_axes)"
-        )
+        return f"{y}_axes = Constant <value = int64[1] {{{axis}}}> ()\n{y} = {op} <keepdims = {keep}> ({x}, {y}_axes)"
 
 
 def _reshape_with_zeros(opset: int, y: str, x: str, shape: str) -> str:
-    """``Reshape`` to a shape in which 0 means zero: an attribute from opset 14 on, before that a case of its own."""
+    """``Reshape`` to a shape in which 0 means zero.
+
+    An attribute says so from opset 14 on. Before, -1 stands for the one empty dimension, being what is left over: nothing.
+    """
     if opset >= 14:
         return f"{y} = Reshape <allowzero = 1> ({x}, {shape})"
     return f"""
-    elements = ReduceProd <keepdims = 1> ({shape})
-    is_empty = Equal (elements, at_0)
-    {y} = If (is_empty) <
-        then_branch = empty () => (float[] {y}_empty) {{ {y}_empty = ConstantOfShape ({shape}) }},
-        else_branch = full () => (float[] {y}_full) {{ {y}_full = Reshape ({x}, {shape}) }}
-    >"""
+    is_empty = Equal ({shape}, at_0)
+    {shape}_or_rest = Where (is_empty, minus_one, {shape})
+    {y} = Reshape ({x}, {shape}_or_rest)"""
 
 
 def _branch(a: _Arithmetic, reduce: _Reductions) -> str:
@@ -133,9 +140,6 @@ def _branch(a: _Arithmetic, reduce: _Reductions) -> str:
     passes_shape = Concat <axis = 0> (terms, minus_one, n)
     step_GM1 = Transpose <perm = [1, 0, 2]> (step)
     sums_GM1 = Transpose <perm = [1, 0, 2]> (code_sums)
-    scales_real = Cast <to = {a.real_id}> (scales_G1N)
-    offsets_real = Cast <to = {a.real_id}> (offsets_G1N)
-    bias_real = Cast <to = {a.real_id}> (bias)
     m = Shape (x_groups)
     m_1 = Slice (m, at_0, at_1)
     acc_shape = Concat <axis = 0> (m_1, n)
@@ -154,8 +158,8 @@ def _branch(a: _Arithmetic, reduce: _Reductions) -> str:
         scale = Mul (sx, sw)
         contribution = Mul (centred, scale)
         sum_out = Add (sum_in, contribution)
-    }}> (acc_zero, digits_stacked, step_GM1, sums_GM1, w_GBN, scales_real, zero_points_GN, offsets_real)
-    biased = Add (acc, bias_real)
+    }}> (acc_zero, digits_stacked, step_GM1, sums_GM1, w_GBN, scales{a.suffix}, zero_points_GN, offsets{a.suffix})
+    biased = Add (acc, bias{a.suffix})
     """
 
 
@@ -169,9 +173,7 @@ def matmul_body(opset: int) -> onnx.FunctionProto:
     if opset < OLDEST_OPSET:
         raise ValueError(f"msd.MatMul has a body from opset {OLDEST_OPSET} on, got {opset}")
     reduce = _Reductions(opset)
-    constants = "\n".join(
-        f"at_{i} = Constant <value = int64[1] {{{i}}}> ()" for i in range(6)
-    )
+    constants = "\n".join(f"at_{i} = Constant <value = int64[1] {{{i}}}> ()" for i in range(6))
     text = f"""
 <domain: "msd", opset_import: ["" : {opset}]>
 MatMul <layout, output_dtype> (A, B, scales, zero_points, offsets, bias, plan) => (Y) {{
@@ -198,13 +200,16 @@ MatMul <layout, output_dtype> (A, B, scales, zero_points, offsets, bias, plan) =
     left_shifts = Sub (spare, right_shifts)
     left = Cast <to = 2> (left_shifts)
     right = Cast <to = 2> (spare)
-    byte_shape = Constant <value = int64[5] {{0, 0, 0, 0, 1}}> ()
-    b_bytes = Reshape (B, byte_shape)
-    b_left = BitShift <direction = "LEFT"> (b_bytes, left)
+    outermost = Constant <value = int64[5] {{-1, 1, 1, 1, 1}}> ()
+    left_outermost = Reshape (left, outermost)
+    bytes_shape = Concat <axis = 0> (at_1, b_shape)
+    b_bytes = Reshape (B, bytes_shape)
+    b_left = BitShift <direction = "LEFT"> (b_bytes, left_outermost)
     b_codes = BitShift <direction = "RIGHT"> (b_left, right)
-    quad_shape = Constant <value = int64[6] {{0, 0, 0, 16, 4, -1}}> ()
+    quad_shape = Constant <value = int64[6] {{0, 0, 0, 0, 16, 4}}> ()
     b_quads = Reshape (b_codes, quad_shape)
-    b_ordered = Transpose <perm = [1, 2, 5, 4, 0, 3]> (b_quads)
+    b_by_step = Transpose <perm = [0, 1, 2, 3, 5, 4]> (b_quads)
+    b_ordered = Transpose <perm = [2, 3, 0, 4, 1, 5]> (b_by_step)
     sixteen = Constant <value = int64[1] {{16}}> ()
     n_padded = Mul (tiles, sixteen)
     w_shape = Concat <axis = 0> (groups, minus_one, n_padded)
@@ -230,8 +235,14 @@ MatMul <layout, output_dtype> (A, B, scales, zero_points, offsets, bias, plan) =
     offsets_2d = Reshape (offsets_t, columns_shape)
     offsets_cut = Slice (offsets_2d, at_0, n, at_1)
     offsets_3d = Reshape (offsets_cut, middle_shape)
-    scales_G1N = Expand (scales_3d, per_column)
-    offsets_G1N = Expand (offsets_3d, per_column)
+    scales_float = Expand (scales_3d, per_column)
+    offsets_float = Expand (offsets_3d, per_column)
+    bias_float = Identity (bias)
+    scales_wide = Cast <to = 11> (scales_3d)
+    offsets_wide = Cast <to = 11> (offsets_3d)
+    scales_double = Expand (scales_wide, per_column)
+    offsets_double = Expand (offsets_wide, per_column)
+    bias_double = Cast <to = 11> (bias)
 
     x = Cast <to = 1> (A)
     rows_shape = Concat <axis = 0> (minus_one, k)
@@ -277,8 +288,8 @@ MatMul <layout, output_dtype> (A, B, scales, zero_points, offsets, bias, plan) =
     a_shape = Shape (A)
     leading = Slice (a_shape, at_0, minus_one)
     y_shape = Concat <axis = 0> (leading, n)
-    {_reshape_with_zeros(opset, "y", "y_rows", "y_shape")}
-    Y = Cast <to : int = @output_dtype> (y)
+    y_typed = Cast <to : int = @output_dtype> (y_rows)
+    {_reshape_with_zeros(opset, "Y", "y_typed", "y_shape")}
 }}
 """
     return parser.parse_function(text)

@@ -61,10 +61,12 @@ class Plan:
 
     @property
     def groups(self) -> int:
+        """Groups along K, the last one perhaps shorter."""
         return -(-self.k // self.block_size)
 
     @property
     def codes_per_byte(self) -> int:
+        """Weight codes in a byte of ``B``."""
         return 8 // self.bits
 
     @property

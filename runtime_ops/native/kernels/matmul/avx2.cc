@@ -1,0 +1,469 @@
+// AVX2 with F16C: int16 codes times unsigned weight codes through vpmaddwd, 16 columns of 1 to 4 rows at a time.
+//
+// A 32-bit lane of half a line holds one column's k = 0, 1, 2, 3 as bytes. Its even bytes, masked, are the int16 pair
+// (0, 2) and its odd bytes, shifted, the pair (1, 3): a weight line is widened without a shuffle, and the codes of a
+// quad lie in memory as 0, 2, 1, 3 so that one 32-bit broadcast meets each pair. Narrower codes: the same with a shift.
+//
+// Few rows: widened on the fly, the zero point taken off the finished sum. Many: widened once per group into a
+// buffer, zero point taken off there. The sums are the same integers.
+
+#include <immintrin.h>
+
+#include "kernel.h"
+#include "real.h"
+
+// The inner loops: not inlined, so that the accumulators have the registers to themselves; short loops unrolled, so
+// that arrays of vectors are registers; and sums written out as an instruction, for GCC otherwise rotates the
+// accumulators through copies and spills one, which costs a third of the rate.
+#if defined(__GNUC__)
+#define MSD_INNER __attribute__((noinline))
+#define MSD_ADD_TO(sum, x) __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x))
+#else
+#define MSD_INNER __declspec(noinline)
+#define MSD_ADD_TO(sum, x) (sum) = _mm256_add_epi32(sum, x)
+#endif
+#if defined(__clang__)
+#define MSD_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define MSD_UNROLL _Pragma("GCC unroll 16")
+#else
+#define MSD_UNROLL
+#endif
+
+namespace msd::matmul {
+namespace {
+
+constexpr int kRowsAtOnce = 4;
+constexpr int64_t kFewRows = 8;  // up to here widening the weight for every four rows costs less than a buffer
+
+// ---- Decomposition -------------------------------------------------------------------------------------------------
+
+template <Real kType>
+__m256 load_8(const void* base, int64_t index) {
+  if constexpr (kType == Real::kFloat) {
+    return _mm256_loadu_ps(static_cast<const float*>(base) + index);
+  } else {
+    const auto* raw = static_cast<const uint16_t*>(base) + index;
+    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(raw));
+    if constexpr (kType == Real::kHalf) return _mm256_cvtph_ps(eight);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
+  }
+}
+
+// `count` < 8 values, the rest 0.
+template <Real kType>
+__m256 load_tail(const void* base, int64_t index, int64_t count) {
+  float values[8] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = load_real(base, index + i, kType);
+  return _mm256_loadu_ps(values);
+}
+
+// Largest |x| as float bits, which order like the magnitudes with Inf and NaN on top.
+template <Real kType>
+uint32_t peak_bits(const void* a, int64_t begin, int64_t count) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  __m256i peak = _mm256_setzero_si256();
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    peak = _mm256_max_epi32(peak, _mm256_and_si256(_mm256_castps_si256(load_8<kType>(a, begin + i)), magnitude));
+  }
+  if (i < count) {
+    const __m256 tail = load_tail<kType>(a, begin + i, count - i);
+    peak = _mm256_max_epi32(peak, _mm256_and_si256(_mm256_castps_si256(tail), magnitude));
+  }
+  __m128i most = _mm_max_epi32(_mm256_castsi256_si128(peak), _mm256_extracti128_si256(peak, 1));
+  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, _MM_SHUFFLE(1, 0, 3, 2)));
+  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, _MM_SHUFFLE(2, 3, 0, 1)));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(most));
+}
+
+int32_t sum_of_lanes(__m256i x) {
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, _MM_SHUFFLE(1, 0, 3, 2)));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, _MM_SHUFFLE(2, 3, 0, 1)));
+  return _mm_cvtsi128_si32(sum);
+}
+
+// Two quads of codes, each in the order 0, 2, 1, 3.
+void store_quads(int16_t* to, __m256i codes) {
+  __m128i packed = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+  packed = _mm_shufflelo_epi16(packed, _MM_SHUFFLE(3, 1, 2, 0));
+  packed = _mm_shufflehi_epi16(packed, _MM_SHUFFLE(3, 1, 2, 0));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+}
+
+void store_zeros(int16_t* to, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += 8) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm_setzero_si128());
+}
+
+// rint(x * inverse) in double, as int32.
+__m256i codes_of(__m256 x, __m256d inverse) {
+  const __m256d low = _mm256_mul_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), inverse);
+  const __m256d high = _mm256_mul_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)), inverse);
+  return _mm256_set_m128i(_mm256_cvtpd_epi32(high), _mm256_cvtpd_epi32(low));
+}
+
+template <Real kType>
+void decompose_group(const Plan& plan, const void* a, int64_t begin, int64_t count, uint32_t peak, const Panel& panel,
+                     int64_t at) {
+  const bool is_live = peak >= kSmallestPeak && peak < kInfinity;
+  const bool is_wide = plan.terms == 3;
+  const int64_t plane = plan.groups * panel.rows;
+  int16_t* high = panel.codes + at * plan.stride;
+  int16_t* low = high + plane * plan.stride;
+  const int64_t zeros_from = is_live ? (count + 7) / 8 * 8 : 0;
+  __m256i sum_high = _mm256_setzero_si256(), sum_low = _mm256_setzero_si256();
+
+  if (is_wide) {
+    constexpr double kLimit = 8193532;
+    double scale = peak >= kInfinity ? static_cast<double>(float_of(0x7fc00000u)) : 0;
+    if (is_live) {
+      const double largest = static_cast<double>(float_of(peak));
+      const __m256d inverse = _mm256_set1_pd(kLimit / largest);
+      scale = largest / kLimit;
+      for (int64_t i = 0; i < count; i += 8) {
+        const __m256 x = i + 8 <= count ? load_8<kType>(a, begin + i) : load_tail<kType>(a, begin + i, count - i);
+        const __m256i code = codes_of(x, inverse);
+        const __m256i code_high = _mm256_srai_epi32(code, 8), code_low = _mm256_and_si256(code, _mm256_set1_epi32(255));
+        sum_high = _mm256_add_epi32(sum_high, code_high);
+        sum_low = _mm256_add_epi32(sum_low, code_low);
+        store_quads(high + i, code_high);
+        store_quads(low + i, code_low);
+      }
+    }
+    store_zeros(low, zeros_from, plan.stride);
+    panel.sums[plane + at] = sum_of_lanes(sum_low);
+    panel.scales64[at] = scale;
+  } else {
+    const float limit = plan.terms == 1 ? 127.0f : 32258.0f;
+    float scale = peak >= kInfinity ? float_of(0x7fc00000u) : 0;
+    if (is_live) {
+      const float largest = float_of(peak);
+      const __m256 inverse = _mm256_set1_ps(limit / largest);
+      scale = largest / limit;
+      for (int64_t i = 0; i < count; i += 8) {
+        const __m256 x = i + 8 <= count ? load_8<kType>(a, begin + i) : load_tail<kType>(a, begin + i, count - i);
+        const __m256i code = _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse));
+        sum_high = _mm256_add_epi32(sum_high, code);
+        store_quads(high + i, code);
+      }
+    }
+    panel.scales[at] = scale;
+  }
+  store_zeros(high, zeros_from, plan.stride);
+  panel.sums[at] = sum_of_lanes(sum_high);
+}
+
+template <Real kType>
+void decompose_rows(const Plan& plan, const void* a, const Panel& panel, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t start = row * plan.k;
+    const uint32_t row_peak = plan.per_row ? peak_bits<kType>(a, start, plan.k) : 0;
+    for (int64_t g = 0; g < plan.groups; ++g) {
+      const int64_t begin = start + g * plan.block_size, left = plan.k - g * plan.block_size;
+      const int64_t count = left < plan.block_size ? left : plan.block_size;
+      const uint32_t peak = plan.per_row ? row_peak : peak_bits<kType>(a, begin, count);
+      decompose_group<kType>(plan, a, begin, count, peak, panel, g * panel.rows + row);
+    }
+  }
+}
+
+// ---- Product -------------------------------------------------------------------------------------------------------
+
+// A pair of k of 16 columns, [columns 0..7 | 8..15]: number `pair` of a line's 16 / kBits, in the order that the codes
+// have. Pair 2u is the even bytes' code number u, pair 2u + 1 the odd bytes'.
+template <int kBits>
+inline void widen_pair(const __m256i (&line)[2], int pair, __m256i (&w)[2]) {
+  const __m256i mask = _mm256_set1_epi16((1 << kBits) - 1);
+  const int shift = pair % 2 * 8 + pair / 2 * kBits;
+  MSD_UNROLL for (int half = 0; half < 2; ++half) {
+    w[half] = shift == 0 ? line[half] : _mm256_srli_epi16(line[half], shift);
+    if (shift + kBits != 16) w[half] = _mm256_and_si256(w[half], mask);
+  }
+}
+
+inline void load_line(const uint8_t* line, __m256i (&bytes)[2]) {
+  bytes[0] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line));
+  bytes[1] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + 1);
+}
+
+inline __m256i broadcast_pair(const int16_t* codes) {
+  int32_t pair;
+  memcpy(&pair, codes, sizeof pair);
+  return _mm256_set1_epi32(pair);
+}
+
+// Sums of w * Q over a group, w as stored, of kRows rows: to[2 * r + half].
+template <int kBits, int kRows>
+MSD_INNER void products_of_lines(const uint8_t* lines, int64_t count, const int16_t* codes, int64_t stride,
+                                 __m256i* to) {
+  constexpr int kPairs = 16 / kBits;
+  __m256i acc[kRows][2];
+  MSD_UNROLL for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+  for (const uint8_t* end = lines + count * kLine; lines != end; lines += kLine, codes += 2 * kPairs) {
+    __m256i line[2];
+    load_line(lines, line);
+    MSD_UNROLL for (int pair = 0; pair < kPairs; ++pair) {
+      __m256i w[2];
+      widen_pair<kBits>(line, pair, w);
+      MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+        const __m256i q = broadcast_pair(codes + r * stride + 2 * pair);
+        MSD_ADD_TO(acc[r][0], _mm256_madd_epi16(w[0], q));
+        MSD_ADD_TO(acc[r][1], _mm256_madd_epi16(w[1], q));
+      }
+    }
+  }
+  MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+    _mm256_store_si256(to + 2 * r, acc[r][0]);
+    _mm256_store_si256(to + 2 * r + 1, acc[r][1]);
+  }
+}
+
+// The same of weights from `widen_group`, which has taken the zero point off.
+template <int kRows>
+MSD_INNER void products_of_widened(const __m256i* widened, int64_t pairs, const int16_t* codes, int64_t stride,
+                                   __m256i* to) {
+  __m256i acc[kRows][2];
+  MSD_UNROLL for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+  for (const __m256i* end = widened + 2 * pairs; widened != end; widened += 2, codes += 2) {
+    const __m256i w[2] = {_mm256_load_si256(widened), _mm256_load_si256(widened + 1)};
+    MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+      const __m256i q = broadcast_pair(codes + r * stride);
+      MSD_ADD_TO(acc[r][0], _mm256_madd_epi16(w[0], q));
+      MSD_ADD_TO(acc[r][1], _mm256_madd_epi16(w[1], q));
+    }
+  }
+  MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+    _mm256_store_si256(to + 2 * r, acc[r][0]);
+    _mm256_store_si256(to + 2 * r + 1, acc[r][1]);
+  }
+}
+
+// What a tile's group holds once per column, [columns 0..7 | 8..15].
+struct Group {
+  const uint8_t* lines;
+  __m256i zero_points[2];
+  __m256 scales[2];
+  __m256 offsets[2];
+};
+
+__m256 load_columns(const Columns<float>& columns, int64_t tile, int64_t group, int half) {
+  if (columns.single) return _mm256_set1_ps(columns.base[0]);
+  return _mm256_loadu_ps(columns.base + tile * columns.per_tile + group * columns.per_group + 8 * half);
+}
+
+__m256i load_columns(const Columns<uint8_t>& columns, int64_t tile, int64_t group, int half) {
+  if (columns.single) return _mm256_set1_epi32(columns.base[0]);
+  const uint8_t* at = columns.base + tile * columns.per_tile + group * columns.per_group + 8 * half;
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+}
+
+template <int kBits>
+void widen_group(const Plan& plan, const Group& group, __m256i* to) {
+  constexpr int kPairs = 16 / kBits;
+  __m256i zero_pairs[2];
+  for (int half = 0; half < 2; ++half) {
+    zero_pairs[half] = _mm256_or_si256(group.zero_points[half], _mm256_slli_epi32(group.zero_points[half], 16));
+  }
+  for (int i = 0; i < plan.lines; ++i, to += 2 * kPairs) {
+    __m256i line[2];
+    load_line(group.lines + i * kLine, line);
+    MSD_UNROLL for (int pair = 0; pair < kPairs; ++pair) {
+      __m256i w[2];
+      widen_pair<kBits>(line, pair, w);
+      _mm256_store_si256(to + 2 * pair, _mm256_sub_epi16(w[0], zero_pairs[0]));
+      _mm256_store_si256(to + 2 * pair + 1, _mm256_sub_epi16(w[1], zero_pairs[1]));
+    }
+  }
+}
+
+// C of kRows rows: from `widened` weights, or from the lines if it is null.
+template <int kBits, int kRows>
+inline void products(const Plan& plan, const Group& group, const __m256i* widened, const int16_t* codes,
+                     const int32_t* sums, __m256i* to) {
+  if (widened != nullptr) {
+    const int64_t pairs = (plan.block_size + kQuad - 1) / kQuad * 2;
+    return products_of_widened<kRows>(widened, pairs, codes, plan.stride, to);
+  }
+  products_of_lines<kBits, kRows>(group.lines, plan.lines, codes, plan.stride, to);
+  for (int r = 0; r < kRows; ++r) {
+    const __m256i sum = _mm256_set1_epi32(sums[r]);
+    for (int half = 0; half < 2; ++half) {
+      // Either may exceed int32, their difference does not: it is right modulo 2^32.
+      to[2 * r + half] = _mm256_sub_epi32(to[2 * r + half], _mm256_mullo_epi32(group.zero_points[half], sum));
+    }
+  }
+}
+
+// Adds a group to the totals of kRows rows. `at` numbers the first row's cell, group * rows + row.
+template <int kBits, int kRows>
+void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const Group& group, const __m256i* widened,
+               int64_t at, float* totals) {
+  __m256i c[2 * kRows];
+  products<kBits, kRows>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, c);
+  for (int r = 0; r < kRows; ++r) {
+    const __m256 s_x = _mm256_set1_ps(panel.scales[at + r]);
+    for (int half = 0; half < 2; ++half) {
+      __m256 v = _mm256_cvtepi32_ps(c[2 * r + half]);
+      if (weight.has_offsets) {
+        const __m256 sum = _mm256_set1_ps(static_cast<float>(panel.sums[at + r]));
+        v = _mm256_sub_ps(v, _mm256_mul_ps(group.offsets[half], sum));
+      }
+      const __m256 p = _mm256_mul_ps(s_x, group.scales[half]);
+      float* total = totals + r * kTile + 8 * half;
+      _mm256_store_ps(total, _mm256_add_ps(_mm256_load_ps(total), _mm256_mul_ps(v, p)));
+    }
+  }
+}
+
+// The same in double, for codes in two planes.
+template <int kBits, int kRows>
+void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const Group& group, const __m256i* widened,
+               int64_t at, double* totals) {
+  const int64_t plane = plan.groups * panel.rows;
+  __m256i high[2 * kRows], low[2 * kRows];
+  products<kBits, kRows>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, high);
+  products<kBits, kRows>(plan, group, widened, panel.codes + (plane + at) * plan.stride, panel.sums + plane + at, low);
+  const __m256d base = _mm256_set1_pd(256);
+  for (int r = 0; r < kRows; ++r) {
+    const __m256d s_x = _mm256_set1_pd(panel.scales64[at + r]);
+    const __m256d sum = _mm256_set1_pd(256.0 * panel.sums[at + r] + panel.sums[plane + at + r]);
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const int half = quarter / 2;
+      const auto part_i = [quarter](__m256i x) {
+        return quarter % 2 == 0 ? _mm256_castsi256_si128(x) : _mm256_extracti128_si256(x, 1);
+      };
+      const auto part_d = [quarter](__m256 x) {
+        return _mm256_cvtps_pd(quarter % 2 == 0 ? _mm256_castps256_ps128(x) : _mm256_extractf128_ps(x, 1));
+      };
+      // Exact: below 2^53.
+      __m256d v = _mm256_add_pd(_mm256_mul_pd(_mm256_cvtepi32_pd(part_i(high[2 * r + half])), base),
+                                _mm256_cvtepi32_pd(part_i(low[2 * r + half])));
+      if (weight.has_offsets) v = _mm256_sub_pd(v, _mm256_mul_pd(part_d(group.offsets[half]), sum));
+      const __m256d p = _mm256_mul_pd(s_x, part_d(group.scales[half]));
+      double* total = totals + r * kTile + 4 * quarter;
+      _mm256_store_pd(total, _mm256_add_pd(_mm256_load_pd(total), _mm256_mul_pd(v, p)));
+    }
+  }
+}
+
+// Two vectors of 8 columns: total + bias, as float.
+void finish(const float* totals, const float* bias, __m256 (&y)[2]) {
+  for (int half = 0; half < 2; ++half) {
+    y[half] = _mm256_add_ps(_mm256_load_ps(totals + 8 * half), _mm256_loadu_ps(bias + 8 * half));
+  }
+}
+
+void finish(const double* totals, const float* bias, __m256 (&y)[2]) {
+  for (int half = 0; half < 2; ++half) {
+    __m128 parts[2];
+    for (int i = 0; i < 2; ++i) {
+      const __m256d b = _mm256_cvtps_pd(_mm_loadu_ps(bias + 8 * half + 4 * i));
+      parts[i] = _mm256_cvtpd_ps(_mm256_add_pd(_mm256_load_pd(totals + 8 * half + 4 * i), b));
+    }
+    y[half] = _mm256_set_m128(parts[1], parts[0]);
+  }
+}
+
+void store_tile(const __m256 (&y)[2], int64_t columns, const Output& output, int64_t index) {
+  if (columns == kTile && output.type == Real::kFloat && output.precision == Real::kFloat) {
+    for (int half = 0; half < 2; ++half) _mm256_storeu_ps(static_cast<float*>(output.y) + index + 8 * half, y[half]);
+  } else if (columns == kTile && output.type == Real::kHalf) {
+    for (int half = 0; half < 2; ++half) {
+      const __m128i rounded = _mm256_cvtps_ph(y[half], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(output.y) + index + 8 * half), rounded);
+    }
+  } else {
+    float values[kTile];
+    for (int half = 0; half < 2; ++half) _mm256_storeu_ps(values + 8 * half, y[half]);
+    for (int64_t c = 0; c < columns; ++c) store_real(output, index + c, values[c]);
+  }
+}
+
+// `Total` is the type that sums are held in.
+template <int kBits, typename Total>
+void multiply_tiles(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
+                    const Output& output) {
+  alignas(32) Total totals[kMostRows * kTile];
+  __m256i buffer[kLongestGroup];  // 2 vectors for a pair of k
+  const bool is_buffered = panel.rows > kFewRows;
+
+  for (int64_t tile = first; tile < last; ++tile) {
+    for (int64_t i = 0; i < panel.rows * kTile; ++i) totals[i] = 0;
+    for (int64_t g = 0; g < plan.groups; ++g) {
+      Group group;
+      group.lines = weight.b + (tile * plan.groups + g) * plan.lines * kLine;
+      for (int half = 0; half < 2; ++half) {
+        group.zero_points[half] = load_columns(weight.zero_points, tile, g, half);
+        group.scales[half] = load_columns(weight.scales, tile, g, half);
+        group.offsets[half] = load_columns(weight.offsets, tile, g, half);
+      }
+      if (is_buffered) widen_group<kBits>(plan, group, buffer);
+      const __m256i* widened = is_buffered ? buffer : nullptr;
+      const int64_t cell = g * panel.rows;
+      int64_t row = 0;
+      for (; row + kRowsAtOnce <= panel.rows; row += kRowsAtOnce) {
+        add_group<kBits, 4>(plan, weight, panel, group, widened, cell + row, totals + row * kTile);
+      }
+      switch (panel.rows - row) {
+        case 3:
+          add_group<kBits, 3>(plan, weight, panel, group, widened, cell + row, totals + row * kTile);
+          break;
+        case 2:
+          add_group<kBits, 2>(plan, weight, panel, group, widened, cell + row, totals + row * kTile);
+          break;
+        case 1:
+          add_group<kBits, 1>(plan, weight, panel, group, widened, cell + row, totals + row * kTile);
+          break;
+        default:
+          break;
+      }
+    }
+
+    const int64_t column = tile * kTile, left = weight.n - column, columns = left < kTile ? left : kTile;
+    float bias[kTile] = {};
+    for (int64_t c = 0; c < columns; ++c) bias[c] = weight.bias[column + c];
+    for (int64_t row = 0; row < panel.rows; ++row) {
+      __m256 result[2];
+      finish(totals + row * kTile, bias, result);
+      store_tile(result, columns, output, row * weight.n + column);
+    }
+  }
+}
+
+template <int kBits>
+void multiply_bits(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
+                   const Output& output) {
+  if (plan.terms == 3) {
+    multiply_tiles<kBits, double>(plan, weight, panel, first, last, output);
+  } else {
+    multiply_tiles<kBits, float>(plan, weight, panel, first, last, output);
+  }
+}
+
+}  // namespace
+
+void decompose_avx2(const Plan& plan, const void* a, Real type, const Panel& panel, int64_t first, int64_t last) {
+  switch (type) {
+    case Real::kFloat:
+      return decompose_rows<Real::kFloat>(plan, a, panel, first, last);
+    case Real::kHalf:
+      return decompose_rows<Real::kHalf>(plan, a, panel, first, last);
+    case Real::kBfloat16:
+      return decompose_rows<Real::kBfloat16>(plan, a, panel, first, last);
+  }
+}
+
+void multiply_avx2(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
+                   const Output& output) {
+  switch (plan.bits) {
+    case 2:
+      return multiply_bits<2>(plan, weight, panel, first, last, output);
+    case 4:
+      return multiply_bits<4>(plan, weight, panel, first, last, output);
+    default:
+      return multiply_bits<8>(plan, weight, panel, first, last, output);
+  }
+}
+
+}  // namespace msd::matmul

@@ -1,0 +1,106 @@
+// The arithmetic of msd.MatMul; ../../../matmul/reference.py says what it means, layout.py how the weight is stored.
+//
+//   y[m, n] = bias[n] + sum over groups g, ascending, of  v * p
+//   v = float(C) - offset[g, n] * float(R)     p = s_x[m, g] * s_w[g, n]
+//   C = sum over k in g of (w[k, n] - z[g, n]) * Q[m, k]     R = sum over k in g of Q[m, k]
+//
+// C and R are exact; every other operation rounds on its own, one accumulator per output. That is why the same row
+// has the same bits at every batch size, thread count and variant: no FMA, no splitting of K, no reordered sum.
+// With 3 terms "float" is double, for the codes need 24 bits.
+//
+// Files here that are compiled for one instruction set include nothing but this header and intrinsics: an inline
+// function of external linkage would be compiled for it too, and the linker may keep that copy for everybody.
+#pragma once
+
+#include <stdint.h>
+
+#include "../variant.h"
+
+namespace msd::matmul {
+
+constexpr int kTile = 16;           // output columns of a line
+constexpr int kQuad = 4;            // consecutive k of one column in a line
+constexpr int kLine = 64;           // bytes
+constexpr int kLongestGroup = 256;  // K-steps: 256 products of a code and |w - z| <= 255 fit int32
+constexpr int kMostRows = 128;      // of a panel
+
+// Peaks, the largest |x| of a group or row, are kept as float bits: they order like the magnitudes, Inf and NaN on top.
+constexpr uint32_t kInfinity = 0x7f800000u;
+constexpr uint32_t kSmallestPeak = 27u << 23;  // 2^-100: below it a group counts as zero
+
+// Numbers of TensorProto.DataType.
+enum class Real : int { kFloat = 1, kHalf = 10, kBfloat16 = 16 };
+
+struct Plan {
+  int64_t k;
+  int64_t groups;
+  int bits;
+  int block_size;
+  int terms;
+  bool per_row;
+  int lines;   // of a tile and group
+  int stride;  // int16 codes reserved for a row's group: covers the lines' k, a multiple of 16
+};
+
+// Value of a column: base[tile * per_tile + group * per_group + c], or base[0] for all if `single`.
+template <typename T>
+struct Columns {
+  const T* base;
+  int64_t per_tile;
+  int64_t per_group;
+  bool single;
+};
+
+struct Weight {
+  const uint8_t* b;
+  Columns<float> scales;
+  Columns<uint8_t> zero_points;
+  Columns<float> offsets;
+  bool has_offsets;  // false: offsets are the one value 0, and 0 * R changes nothing
+  const float* bias;
+  int64_t n;
+};
+
+// Where the results of a panel go: y[row * n + column] of type `type`, holding values of `precision`, the op's output
+// type. They differ where the runtime has a float16 node run in float.
+struct Output {
+  void* y;
+  Real type;
+  Real precision;
+};
+
+// Some rows of A, decomposed. A code is an int16 in plane 0; with 3 terms it is 256 * plane 0 + plane 1.
+struct Panel {
+  int64_t rows;
+  int16_t* codes;   // [planes, groups, rows, stride]; the order within a row's group is the variant's own, tail 0
+  int32_t* sums;    // [planes, groups, rows], R
+  float* scales;    // [groups, rows], s_x; terms 1 and 2
+  double* scales64;  // likewise for 3 terms
+};
+
+// Writes rows [first, last) of the panel from `a`, row 0 of the panel, [rows, k] of type `type`.
+using Decompose = void (*)(const Plan& plan, const void* a, Real type, const Panel& panel, int64_t first, int64_t last);
+
+// Writes columns of tiles [first, last) for all rows of the panel.
+using Multiply = void (*)(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
+                          const Output& output);
+
+// The two belong together: they share the order of the codes.
+struct Kernel {
+  Decompose decompose;
+  Multiply multiply;
+};
+
+void decompose_scalar(const Plan&, const void*, Real, const Panel&, int64_t, int64_t);
+void multiply_scalar(const Plan&, const Weight&, const Panel&, int64_t, int64_t, const Output&);
+void decompose_avx2(const Plan&, const void*, Real, const Panel&, int64_t, int64_t);
+void multiply_avx2(const Plan&, const Weight&, const Panel&, int64_t, int64_t, const Output&);
+
+inline constexpr Variant<Kernel> kVariants[] = {
+#if defined(MSD_X86)
+    {"avx2", Isa::kAvx2, {decompose_avx2, multiply_avx2}},
+#endif
+    {"scalar", Isa::kScalar, {decompose_scalar, multiply_scalar}},
+};
+
+}  // namespace msd::matmul

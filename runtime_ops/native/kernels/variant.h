@@ -1,0 +1,23 @@
+// Which instruction set a kernel runs on: each kernel lists its variants, the machine decides once.
+#pragma once
+
+#if defined(__x86_64__) || defined(_M_X64) || defined(__i386__) || defined(_M_IX86)
+#define MSD_X86 1
+#endif
+
+namespace msd {
+
+enum class Isa { kScalar, kAvx2 };
+
+// True if the processor has the instruction set and the operating system saves its registers.
+bool machine_has(Isa isa);
+
+// One row of a kernel's table. Tables are ordered fastest first; the last row runs everywhere.
+template <typename Kernel>
+struct Variant {
+  const char* name;
+  Isa isa;
+  Kernel kernel;
+};
+
+}  // namespace msd

@@ -1,0 +1,90 @@
+#include "op.h"
+
+namespace msd {
+namespace {
+
+// Releases what the runtime lent, also when a later call throws.
+class TypeAndShape {
+ public:
+  explicit TypeAndShape(const OrtApi* api) : api_(api) {}
+  ~TypeAndShape() {
+    if (info_ != nullptr) ort::ReleaseTensorTypeAndShapeInfo::call(api_, info_);
+  }
+  TypeAndShape(const TypeAndShape&) = delete;
+  TypeAndShape& operator=(const TypeAndShape&) = delete;
+  OrtTensorTypeAndShapeInfo** out() { return &info_; }
+  OrtTensorTypeAndShapeInfo* get() const { return info_; }
+
+ private:
+  const OrtApi* api_;
+  OrtTensorTypeAndShapeInfo* info_ = nullptr;
+};
+
+std::vector<int64_t> dimensions(const OrtApi* api, const OrtTensorTypeAndShapeInfo* info) {
+  size_t rank = 0;
+  check(ort::GetDimensionsCount::call(api, info, &rank));
+  std::vector<int64_t> dims(rank);
+  if (rank > 0) check(ort::GetDimensions::call(api, info, dims.data(), rank));
+  return dims;
+}
+
+}  // namespace
+
+Tensor read_input(const OrtApi* api, const OrtKernelContext* context, size_t index, const std::string& name) {
+  const OrtValue* value = nullptr;
+  check(ort::KernelContextGetInput::call(api, context, index, &value));
+  if (value == nullptr) throw Refused{name + " is absent, needed a tensor"};
+  Tensor tensor;
+  TypeAndShape info(api);
+  check(ort::GetTensorTypeAndShape::call(api, value, info.out()));
+  check(ort::GetTensorElementType::call(api, info.get(), &tensor.type));
+  tensor.shape = dimensions(api, info.get());
+  void* data = nullptr;
+  check(ort::GetTensorMutableData::call(api, const_cast<OrtValue*>(value), &data));
+  tensor.data = data;
+  return tensor;
+}
+
+SymbolicShape read_symbolic_shape(const OrtApi* api, const OrtShapeInferContext* context, size_t index) {
+  OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's own, not to be released
+  check(ort::ShapeInferContextGetInputTypeShape::call(api, context, index, &info));
+  SymbolicShape shape;
+  check(ort::GetTensorElementType::call(api, info, &shape.type));
+  shape.dims = dimensions(api, info);
+  std::vector<const char*> names(shape.dims.size(), nullptr);
+  if (!names.empty()) check(ort::GetSymbolicDimensions::call(api, info, names.data(), names.size()));
+  for (const char* name : names) shape.names.emplace_back(name == nullptr ? "" : name);
+  return shape;
+}
+
+void set_symbolic_shape(const OrtApi* api, const OrtShapeInferContext* context, size_t index,
+                        const SymbolicShape& shape) {
+  TypeAndShape info(api);
+  check(ort::CreateTensorTypeAndShapeInfo::call(api, info.out()));
+  check(ort::SetTensorElementType::call(api, info.get(), shape.type));  // overrides what the runtime inferred
+  check(ort::SetDimensions::call(api, info.get(), shape.dims.data(), shape.dims.size()));
+  std::vector<const char*> names;
+  for (const std::string& name : shape.names) names.push_back(name.c_str());
+  check(ort::SetSymbolicDimensions::call(api, info.get(), names.data(), names.size()));
+  check(ort::ShapeInferContextSetOutputTypeShape::call(api, context, index, info.get()));
+}
+
+std::string string_attribute(const OrtApi* api, const OrtKernelInfo* info, const char* name) {
+  size_t size = 0;
+  check(ort::KernelInfoGetAttributeString::call(api, info, name, nullptr, &size));
+  std::string value(size, '\0');
+  if (size > 0) check(ort::KernelInfoGetAttributeString::call(api, info, name, value.data(), &size));
+  value.resize(value.find('\0') == std::string::npos ? value.size() : value.find('\0'));
+  return value;
+}
+
+std::string node_name(const OrtApi* api, const OrtKernelInfo* info) {
+  size_t size = 0;
+  check(ort::KernelInfoGetNodeName::call(api, info, nullptr, &size));
+  std::string name(size, '\0');
+  if (size > 0) check(ort::KernelInfoGetNodeName::call(api, info, name.data(), &size));
+  name.resize(name.find('\0') == std::string::npos ? name.size() : name.find('\0'));
+  return name;
+}
+
+}  // namespace msd

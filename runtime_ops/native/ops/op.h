@@ -1,0 +1,95 @@
+// What every op shares: errors that become an OrtStatus, checked calls, tensors as plain values.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <new>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../ort_abi.h"
+
+namespace msd {
+
+// A mistake in the model or its inputs; the text is one sentence: what was found, what was needed.
+struct Refused {
+  std::string text;
+};
+
+// A call of the runtime failed with this status, which is the holder's to pass on.
+struct RuntimeFailed {
+  OrtStatus* status;
+};
+
+inline void check(OrtStatus* status) {
+  if (status != nullptr) throw RuntimeFailed{status};
+}
+
+// Runs `work`; whatever it throws becomes a status, for no exception may cross into the runtime.
+template <typename Work>
+OrtStatus* guarded(const OrtApi* api, const Work& work) noexcept {
+  const auto failed = [api](ort::ErrorCode code, const char* text) { return ort::CreateStatus::call(api, code, text); };
+  try {
+    work();
+    return nullptr;
+  } catch (const Refused& refused) {
+    return failed(ort::kInvalidArgument, refused.text.c_str());
+  } catch (const RuntimeFailed& runtime) {
+    return runtime.status;
+  } catch (const std::bad_alloc&) {
+    return failed(ort::kFail, "msd: out of memory");
+  } catch (const std::exception& error) {
+    return failed(ort::kFail, error.what());
+  } catch (...) {
+    return failed(ort::kFail, "msd: unknown failure");
+  }
+}
+
+// "[2, 3, 64]"
+inline std::string text_of(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+// An input of a running node. Its memory is the runtime's.
+struct Tensor {
+  ort::ElementType type;
+  std::vector<int64_t> shape;
+  const void* data;
+};
+
+// Throws Refused if input `index` is absent.
+Tensor read_input(const OrtApi* api, const OrtKernelContext* context, size_t index, const std::string& name);
+
+// Type and shape as shape inference sees them; an unknown rank reads as 0.
+struct SymbolicShape {
+  ort::ElementType type;
+  std::vector<int64_t> dims;       // -1: not a number
+  std::vector<std::string> names;  // of the symbol, empty for a number and for a dimension nothing is known of
+};
+SymbolicShape read_symbolic_shape(const OrtApi* api, const OrtShapeInferContext* context, size_t index);
+void set_symbolic_shape(const OrtApi* api, const OrtShapeInferContext* context, size_t index,
+                        const SymbolicShape& shape);
+
+// Attribute of a node being created; throws RuntimeFailed if it is absent.
+std::string string_attribute(const OrtApi* api, const OrtKernelInfo* info, const char* name);
+std::string node_name(const OrtApi* api, const OrtKernelInfo* info);
+
+// Calls work(i) for i in [0, count) on the session's threads; `work` must not throw.
+template <typename Work>
+void parallel_for(const OrtApi* api, const OrtKernelContext* context, size_t count, const Work& work) {
+  if (count <= 1) {
+    if (count == 1) work(size_t{0});
+    return;
+  }
+  const auto call = [](void* user, size_t i) { (*static_cast<const Work*>(user))(i); };
+  check(ort::KernelContextParallelFor::call(api, context, call, count, 0,
+                                            const_cast<void*>(static_cast<const void*>(&work))));
+}
+
+// The OrtCustomOps of msd.MatMul, one per element type, for a runtime. They live as long as the process.
+std::vector<const OrtCustomOp*> matmul_ops(const OrtApi* api);
+
+}  // namespace msd

@@ -1,0 +1,188 @@
+"""Operands and sessions that the tests of the ops share."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from msd_compiler.runtime_ops import library_path
+from msd_compiler.runtime_ops.matmul import layout, reference
+from onnx import TensorProto, helper
+
+ONNX_TYPE = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
+}
+INPUT_TYPES = {
+    "B": TensorProto.UINT8,
+    "scales": TensorProto.FLOAT,
+    "zero_points": TensorProto.UINT8,
+    "offsets": TensorProto.FLOAT,
+    "bias": TensorProto.FLOAT,
+    "plan": TensorProto.INT64,
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight as ``msd.MatMul`` reads it."""
+
+    plan: layout.Plan
+    codes: np.ndarray
+    B: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray
+    offsets: np.ndarray
+    bias: np.ndarray
+
+    def operands(self) -> dict[str, np.ndarray]:
+        return {
+            "B": self.B,
+            "scales": self.scales,
+            "zero_points": self.zero_points,
+            "offsets": self.offsets,
+            "bias": self.bias,
+            "plan": self.plan.tensor(),
+        }
+
+    def reference(self, a: np.ndarray) -> np.ndarray:
+        return reference.matmul(a, **{k: v for k, v in self.operands().items() if k != "B"}, b=self.B)
+
+    def weight(self) -> np.ndarray:
+        """``[K, N]`` float64."""
+        n, groups = len(self.bias), self.plan.groups
+        shift = layout.unpack_columns(self.zero_points, n, groups).astype(np.float64)
+        shift = shift + layout.unpack_columns(self.offsets, n, groups)
+        scales = layout.unpack_columns(self.scales, n, groups).astype(np.float64)
+        of = np.arange(self.plan.k) // self.plan.block_size
+        return (self.codes - shift[of]) * scales[of]
+
+    def but(self, **changes: np.ndarray) -> Site:
+        return replace(self, **changes)
+
+
+def make_site(
+    k: int,
+    n: int,
+    *,
+    bits: int = 8,
+    block_size: int = 32,
+    terms: int = 2,
+    per_row: bool = False,
+    columns: str = "one",
+    seed: int = 0,
+) -> Site:
+    """Random operands. ``columns``: what zero points and offsets are, "one" number, one per "column" or per "group"."""
+    rng = np.random.default_rng(seed)
+    plan = layout.Plan(k, bits, block_size, terms, per_row)
+    codes = rng.integers(0, 2**bits, (k, n)).astype(np.uint8)
+    groups = {"one": 1, "column": 1, "group": plan.groups}[columns]
+    if columns == "one":
+        zero_points = np.full((1, 1, 1), 2 ** (bits - 1), np.uint8)
+        offsets = np.zeros((1, 1, 1), np.float32)
+    else:
+        zero_points = layout.pack_columns(rng.integers(0, 256, (groups, n)).astype(np.uint8))
+        offsets = layout.pack_columns(rng.normal(size=(groups, n)).astype(np.float32))
+    scales = layout.pack_columns(rng.uniform(0.01, 1, (groups, n)).astype(np.float32))
+    bias = rng.normal(size=n).astype(np.float32)
+    return Site(plan, codes, layout.pack_codes(codes, plan), scales, zero_points, offsets, bias)
+
+
+def options(threads: int = 1, *, native: bool = True, optimize: bool = True) -> ort.SessionOptions:
+    chosen = ort.SessionOptions()
+    chosen.intra_op_num_threads = threads
+    chosen.log_severity_level = 4  # what the tests provoke needs no log
+    level = ort.GraphOptimizationLevel
+    chosen.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    if native:
+        chosen.register_custom_ops_library(str(library_path()))
+    return chosen
+
+
+def matmul_node(name: str, dtype: int, inputs: list[str], output: str, **attributes: object) -> onnx.NodeProto:
+    stated = {"layout": layout.LAYOUT, "output_dtype": dtype} | attributes
+    stated = {key: value for key, value in stated.items() if value is not None}
+    return helper.make_node("MatMul", inputs, [output], name=name, domain="msd", **stated)
+
+
+def open_model(dtype: np.dtype, **attributes: object) -> onnx.ModelProto:
+    """One node whose every operand is a graph input of any shape, so that one session serves all cases.
+
+    A and Y are float32 behind casts where NumPy's way into the runtime has no such type.
+    """
+    onnx_type = ONNX_TYPE[np.dtype(dtype)]
+    is_cast = dtype == ml_dtypes.bfloat16
+    outer = TensorProto.FLOAT if is_cast else onnx_type
+    value = helper.make_tensor_value_info
+    node = matmul_node("site", onnx_type, ["A", *INPUT_TYPES], "Y", **attributes)
+    nodes = [node]
+    if is_cast:
+        node.input[0], node.output[0] = "A_cast", "Y_cast"
+        nodes = [
+            helper.make_node("Cast", ["A"], ["A_cast"], to=onnx_type),
+            node,
+            helper.make_node("Cast", ["Y_cast"], ["Y"], to=TensorProto.FLOAT),
+        ]
+    graph = helper.make_graph(
+        nodes,
+        "open",
+        [value("A", outer, None), *(value(key, t, None) for key, t in INPUT_TYPES.items())],
+        [value("Y", outer, None)],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("msd", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+@pytest.fixture(scope="session")
+def library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(library_path()))
+    library.msd_matmul_variants.restype = ctypes.c_char_p
+    return library
+
+
+@pytest.fixture(params=["avx2", "scalar"])
+def variant(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Iterator[str]:
+    """Runs the test with each native kernel of this machine."""
+    if library.msd_matmul_select(request.param.encode()) == 0:
+        pytest.skip(f"this machine does not run {request.param}")
+    yield request.param
+    library.msd_matmul_select(b"")
+
+
+@pytest.fixture(scope="session")
+def native() -> Callable[..., np.ndarray]:
+    """``native(a, site, threads=1)``: one run of the native op."""
+    sessions: dict[tuple[np.dtype, int], ort.InferenceSession] = {}
+
+    def run(a: np.ndarray, site: Site, threads: int = 1) -> np.ndarray:
+        key = (a.dtype, threads)
+        if key not in sessions:
+            sessions[key] = ort.InferenceSession(open_model(a.dtype).SerializeToString(), options(threads))
+        fed = a.astype(np.float32) if a.dtype == ml_dtypes.bfloat16 else a
+        (y,) = sessions[key].run(None, {"A": fed, **site.operands()})
+        return y.astype(a.dtype)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Helpers:
+    """The functions above, for test modules: they are collected one by one and cannot import each other."""
+
+    make_site = staticmethod(make_site)
+    options = staticmethod(options)
+    matmul_node = staticmethod(matmul_node)
+    open_model = staticmethod(open_model)
+    onnx_type = staticmethod(lambda dtype: ONNX_TYPE[np.dtype(dtype)])
+
+
+@pytest.fixture(scope="session")
+def helpers() -> Helpers:
+    return Helpers()
