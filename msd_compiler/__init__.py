@@ -1,0 +1,30 @@
+"""Rewrites quantized ONNX models so that onnxruntime multiplies low-bit weights directly, with 16-bit activations."""
+
+from __future__ import annotations
+
+from pkgutil import extend_path
+
+# In a checkout the subpackages `passes` and `runtime_ops` lie elsewhere; the installed package supplies them.
+__path__ = extend_path(__path__, __name__)
+
+from .api import Compiled, VerificationFailed, compile, inspect, run, verify
+from .errors import ModelError, MsdError, OptionError, OutputError
+from .report import Report
+from .runtime import library_path, register, session
+
+__all__ = [
+    "Compiled",
+    "ModelError",
+    "MsdError",
+    "OptionError",
+    "OutputError",
+    "Report",
+    "VerificationFailed",
+    "compile",
+    "inspect",
+    "library_path",
+    "register",
+    "run",
+    "session",
+    "verify",
+]

@@ -1,0 +1,5 @@
+"""``python -m msd_compiler``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,371 @@
+"""The commands as functions: inspect, compile, verify, run. The only place that knows engine and rules alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+
+from .build import NodeBuilder
+from .choose import Choice, choose
+from .edit import Edit
+from .errors import OptionError, OutputError
+from .facts import QuantizedLinear, ReasonCode, Reject
+from .inputs import Feed, NoInputs
+from .linked import Linked
+from .passes import READERS, REFINERS
+from .passes.lower_linear import lower_linear, packed_bytes, plan_of
+from .reader import Site, find_sites
+from .report import METADATA_KEY, UNSUPPORTED, Outcome, Report, SiteRow, Verification, embedded_report, summarize
+from .runtime import RuntimeRefused, TimedOut, open_model, session
+from .runtime import run as run_session
+from .runtime_ops.matmul.body import OLDEST_OPSET, matmul_body
+from .runtime_ops.matmul.reference import LIMITS
+from .runtime_ops.matmul.schema import VERSION
+from .save import EMBED_UP_TO, Output, WeightStore, weight_bytes
+from .source import Source, is_external, load, model_file, stored_tensors
+from .verification import (
+    WHOLE_UP_TO,
+    Clock,
+    Progress,
+    RewrittenProduct,
+    silent,
+    verify_sites,
+    verify_whole,
+)
+
+ModelLike: TypeAlias = str | os.PathLike[str] | onnx.ModelProto
+
+DEFAULT_TOLERANCE = 1e-3
+DEFAULT_VERIFY_SECONDS = 60.0
+
+
+class VerificationFailed(Exception):
+    """The result is further from the oracle than allowed; nothing was written. ``report`` holds the figures."""
+
+    def __init__(self, message: str, report: Report):
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled model: in memory, or at ``path`` if an output was named."""
+
+    model: onnx.ModelProto
+    """With its weights embedded, or, beside ``path``, in a data file."""
+    report: Report
+    path: Path | None = None
+    changed: bool = True
+    """Whether anything was rewritten; if not, the model is the source's copy."""
+
+
+def inspect(model: ModelLike, *, terms: int | None = None) -> Report:
+    """What `compile` would do with a model, or, for a result of it, what it did.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+    source = load(model)
+    known = embedded_report(source.proto)
+    if known is not None:
+        return known.model_copy(update={"source": str(source.path) if source.path else None})
+    linked = Linked.of(source)
+    sites = find_sites(linked, READERS, REFINERS)
+    choices = choose(linked, sites, terms)
+    return _report(source, [_row(source, site, c) for site, c in zip(sites, choices, strict=True)])
+
+
+def compile(
+    model: ModelLike,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    terms: int | None = None,
+    verify: bool = True,
+    verify_seconds: float = DEFAULT_VERIFY_SECONDS,
+    tolerance: float = DEFAULT_TOLERANCE,
+    progress: Progress = silent,
+) -> Compiled:
+    """Rewrite the quantized linear layers of a model to multiply the weight's codes directly, and prove the result right.
+
+    Args:
+        model: a file, a folder with one model in it, or a parsed model. Never changed.
+        output: where to write the result; None: keep it in memory. It appears whole, after verification, or not at all.
+        terms: INT8 terms of the activation: 1 (8 bits), 2 (16 bits) or 3 (24 bits). None: 2, but 3 for layers whose
+            result the model itself rounds to integers further on (an int8 cache).
+        verify: compare the result with the oracle.
+        verify_seconds: time for that; what takes longer, or has more than 1 GB of weights, is verified layer by layer.
+        tolerance: largest relative L2 distance of any output from the oracle.
+        progress: told what is being done.
+
+    Raises:
+        ModelError: the model cannot be right.
+        OutputError: the result cannot be written.
+        VerificationFailed: the result is not right enough; nothing was written.
+    """
+    if terms is not None and terms not in LIMITS:
+        raise OptionError(f"terms is {terms}; it must be 1, 2 or 3")
+    if not tolerance > 0 or not verify_seconds > 0:
+        raise OptionError(f"tolerance ({tolerance}) and verify seconds ({verify_seconds}) must be positive")
+    source = load(model)
+    target = None if output is None else _target(source, Path(output))
+    linked = Linked.of(source)
+    sites = find_sites(linked, READERS, REFINERS)
+    choices = choose(linked, sites, terms)
+    rows = [_row(source, site, choice) for site, choice in zip(sites, choices, strict=True)]
+    report = _report(source, rows)
+    facts = [
+        (site, site.found, choice)
+        for site, row, choice in zip(sites, rows, choices, strict=True)
+        if row.outcome is Outcome.REWRITTEN and isinstance(site.found, QuantizedLinear)
+    ]
+    if not facts:
+        report = embedded_report(source.proto) or report  # a result says what was done to it
+        report = report.model_copy(update={"source": str(source.path) if source.path else None})
+        report = report.model_copy(update={"result": str(target) if target else None})
+        return Compiled(_copy(source, target), report, target, changed=False)
+
+    if target is None:
+        store = WeightStore(None)
+        edited, products = _rewrite(linked, facts, report, store, progress)
+        store.adopt(edited, source)
+        result = Source(edited, source.folder)
+        report = _verified(source, result, products, report, verify, verify_seconds, tolerance, progress)
+        return Compiled(edited, report)
+
+    packed = sum(packed_bytes(w, choice) for _, fact, choice in facts for w in fact.weights)
+    external = max(weight_bytes(source.proto), packed) > EMBED_UP_TO
+    with Output(target, source, external=external) as out:
+        edited, products = _rewrite(linked, facts, report, out.store, progress)
+        aside = out.write(edited)
+        result = Source(edited, aside.parent)
+        report = report.model_copy(update={"result": str(target)})
+        report = _verified(source, result, products, report, verify, verify_seconds, tolerance, progress)
+        out.commit()
+    return Compiled(edited, report, target)
+
+
+def verify(
+    source: ModelLike,
+    result: ModelLike,
+    *,
+    inputs: Mapping[str, np.ndarray] | Sequence[Feed] | None = None,
+    runs: int = 5,
+    tolerance: float = DEFAULT_TOLERANCE,
+    progress: Progress = silent,
+) -> Verification:
+    """Run two models on the same inputs: how far is the result from what the source means?
+
+    Args:
+        inputs: arrays by input name, or several feeds; None: made from the source's signature.
+        runs: times each is run for its median time.
+
+    Raises:
+        ModelError: a model cannot be read.
+        NoInputs: no inputs were found on which the source runs.
+        RuntimeRefused: onnxruntime does not load or run one of them.
+    """
+    if runs < 1:
+        raise OptionError(f"runs is {runs}; it must be 1 or more")
+    feeds = [Feed("given", dict(inputs))] if isinstance(inputs, Mapping) else inputs
+    return verify_whole(load(source), load(result), feeds=feeds, runs=runs, tolerance=tolerance, progress=progress)
+
+
+def run(
+    model: str | os.PathLike[str], inputs: Mapping[str, np.ndarray], *, portable: bool = False, **options: Any
+) -> dict[str, np.ndarray]:
+    """Run a model once.
+
+    Args:
+        inputs: arrays by input name.
+        portable: without the native library: the ops' bodies in standard ops run instead.
+        options: as for `session`.
+
+    Returns:
+        Arrays by output name.
+    """
+    opened = session(load(model).path or model, portable=portable, **options)
+    names = [o.name for o in opened.get_outputs()]
+    return dict(zip(names, run_session(opened, None, dict(inputs)), strict=True))
+
+
+def _row(source: Source, site: Site, choice: Choice) -> SiteRow:
+    found = site.found
+    if isinstance(found, Reject):
+        outcome = Outcome.UNSUPPORTED if found.code in UNSUPPORTED else Outcome.KEPT
+        return SiteRow(
+            node=site.name,
+            form=str(site.node.op),
+            outcome=outcome,
+            reason=found.reason,
+            reason_code=found.code,
+            **found.known,  # type: ignore[arg-type]
+        )
+    weight = found.weight
+    row = SiteRow(
+        node=site.name,
+        form=found.form,
+        format=weight.format,
+        m=found.rows,
+        k=weight.k,
+        n=weight.n,
+        outcome=Outcome.KEPT,
+    )
+    if 0 < source.opset < OLDEST_OPSET:
+        row.reason = (
+            f"the model imports opset {source.opset}; msd.MatMul needs {OLDEST_OPSET} or later (onnx.version_converter)"
+        )
+        row.reason_code = ReasonCode.OPSET_TOO_OLD
+        return row
+    row.outcome = Outcome.REWRITTEN
+    if choice.rounded_by is not None:
+        row.reason = (
+            f"three terms: {choice.rounded_by!r} further on rounds to integers, where a small error becomes a jump"
+        )
+        row.reason_code = ReasonCode.ROUNDED_DOWNSTREAM
+    row.terms = choice.terms
+    row.group = plan_of(weight, choice).block_size
+    row.error_bound = 0.5 / LIMITS[choice.terms]
+    row.weight_bytes = sum(packed_bytes(w, choice) for w in found.weights)
+    return row
+
+
+def _report(source: Source, rows: list[SiteRow]) -> Report:
+    return Report(
+        source=str(source.path) if source.path else None, opset=source.opset, summary=summarize(rows), sites=rows
+    )
+
+
+def _rewrite(
+    linked: Linked,
+    facts: list[tuple[Site, QuantizedLinear, Choice]],
+    report: Report,
+    store: WeightStore,
+    progress: Progress,
+) -> tuple[onnx.ModelProto, list[RewrittenProduct]]:
+    edit = Edit(linked.source, store.add)
+    products = []
+    for done, (site, fact, choice) in enumerate(facts):
+        progress("packing weights", done, len(facts))
+        nodes = lower_linear(fact, choice, NodeBuilder(edit, site.name))
+        edit.replace(fact.scope, fact.replaced, nodes)
+        shape = linked.shape(fact.scope, fact.y)
+        if shape is not None:
+            edit.declare(fact.scope, fact.y.name, fact.element_type, shape)
+        ours = [node for node in nodes if node.domain == "msd"]
+        products += [
+            RewrittenProduct(site.name, node, weight, fact.alpha, fact.bias, fact.element_type)
+            for node, weight in zip(ours, fact.weights, strict=True)
+        ]
+    progress("packing weights", len(facts), len(facts))
+    proto = edit.finish(matmul_body(edit.function_opset), VERSION)
+    stale = [entry for entry in proto.metadata_props if entry.key == METADATA_KEY]
+    for entry in stale:
+        proto.metadata_props.remove(entry)
+    proto.metadata_props.add(key=METADATA_KEY, value=report.portable().model_dump_json(exclude_none=True))
+    return proto, products
+
+
+def _verified(
+    source: Source,
+    result: Source,
+    products: list[RewrittenProduct],
+    report: Report,
+    wanted: bool,
+    seconds: float,
+    tolerance: float,
+    progress: Progress,
+) -> Report:
+    if not wanted:
+        return report
+    verification: Verification | None = None
+    note = "weights above 1 GB: every layer alone"
+    if weight_bytes(source.proto) <= WHOLE_UP_TO:
+        try:
+            verification = verify_whole(source, result, tolerance=tolerance, clock=Clock(seconds), progress=progress)
+        except TimedOut:
+            note = f"the whole model takes more than {seconds:g} s: every layer alone"
+        except NoInputs as error:
+            note = str(error)
+        except RuntimeRefused as error:
+            note = str(error)
+            _result_is_to_blame(source, error)
+    if verification is None or not verification.passed:
+        layers = verify_sites(result, products, tolerance=tolerance, clock=Clock(seconds), progress=progress)
+        if verification is None:
+            both = "; ".join(n for n in (note, layers.note) if n)
+            verification = layers.model_copy(update={"note": both})
+        else:
+            verification = verification.model_copy(update={"sites": layers.sites})
+    report = report.model_copy(update={"verification": verification})
+    if not verification.passed:
+        raise VerificationFailed(_failure(verification, report), report)
+    return report
+
+
+def _result_is_to_blame(source: Source, error: RuntimeRefused) -> None:
+    """Raise ``error`` if the source itself runs: then it is the result that does not."""
+    try:
+        open_model(source.proto, source.folder, name=source.name, portable=True, log_severity_level=4)
+    except RuntimeRefused:
+        return
+    raise error
+
+
+def _failure(verification: Verification, report: Report) -> str:
+    parts = []
+    outputs = sorted((o for o in verification.outputs if o.relative_l2 > o.tolerance), key=lambda o: -o.relative_l2)
+    if outputs:
+        worst = outputs[0]
+        parts.append(
+            f"output {worst.name!r} ({worst.feed}) is {worst.relative_l2:.2g} from the oracle in relative L2, "
+            f"allowed are {worst.tolerance:.2g}"
+        )
+    if verification.sites:
+        named = ", ".join(f"{s.node!r} {s.relative_l2:.2g}" for s in verification.sites[:3])
+        parts.append(f"worst layers alone: {named}")
+    if any(s.terms == 1 for s in report.sites):
+        parts.append("one term keeps 8 bits, about 1 % error a layer: use two terms, or raise the tolerance")
+    return "; ".join(parts)
+
+
+def _target(source: Source, path: Path) -> Path:
+    refuse_overwriting(source, path)
+    return path
+
+
+def refuse_overwriting(source: Source, path: Path) -> None:
+    """See that ``path`` is neither the model nor its data.
+
+    Raises:
+        OutputError: it is.
+    """
+    if path.is_file() and any(path.samefile(file) for file in source.files()):
+        raise OutputError(f"output {str(path)!r} is the model itself, or holds its data; name another file")
+
+
+def _copy(source: Source, target: Path | None) -> onnx.ModelProto:
+    """The source as it is: the same bytes, if they are all in one file."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(source.proto)
+    if target is None:
+        WeightStore(None).adopt(proto, source)
+        return proto
+    with Output(target, source, external=weight_bytes(proto) > EMBED_UP_TO) as out:
+        if source.path is not None and not any(is_external(t) for t in stored_tensors(proto)):
+            out.write_copy(source.path)
+        else:
+            out.write(proto)
+        out.commit()
+    return proto
+
+
+def default_output(model: str | os.PathLike[str]) -> Path:
+    """``model.onnx`` -> ``model.msd.onnx`` beside it; for a folder, beside the model in it."""
+    path = model_file(Path(model))
+    return path.with_name(path.name.removesuffix(".onnx") + ".msd.onnx")

@@ -1,0 +1,156 @@
+"""The normal form: what a linear layer with a low-bit weight is, whichever exporter wrote it.
+
+Readers (`passes`) turn many spellings into one `QuantizedLinear`; one lowering turns it into ``msd.MatMul``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from .errors import ModelError
+from .linked import Scope
+
+
+class ReasonCode(StrEnum):
+    """Why a linear layer was left as it is. The values are stable; the text beside them may change."""
+
+    FLOAT_WEIGHT = "float_weight"
+    """The weight is not quantized."""
+    RUNTIME_WEIGHT = "runtime_weight"
+    """The weight is an input or computed, not stored in the file."""
+    ACTIVATION_QUANTIZED = "activation_quantized"
+    """The model itself rounds the activation; that rounding is part of what it means."""
+    OPSET_TOO_OLD = "opset_too_old"
+    """The model imports a default-domain opset in which the rewritten node has no meaning."""
+    WEIGHT_TYPE = "weight_type"
+    """The codes are of a type that is no small integer (float8, float4) or too wide (int16)."""
+    ACTIVATION_TYPE = "activation_type"
+    """The activation is neither float32, float16 nor bfloat16."""
+    SCALE_LAYOUT = "scale_layout"
+    """The scales vary in a way that no grouping of K describes."""
+    UNKNOWN_RANK = "unknown_rank"
+    """The rewrite depends on the activation's rank, which the file does not tell."""
+    ROUNDED_DOWNSTREAM = "rounded_downstream"
+    """Rewritten, with three terms: the model rounds to integers what this layer has a part in."""
+    COLUMN_ORDER = "column_order"
+    """The columns of K are assigned to groups out of order (``g_idx``)."""
+    FUSED_OP = "fused_op"
+    """The layer is inside an op that does more than a product."""
+
+
+class Reject(Exception):
+    """A place that looks like a quantized linear layer and is not taken.
+
+    Args:
+        code: the stable reason.
+        reason: what was found and what would be needed, in one sentence.
+        known: what is known of the layer all the same (``k``, ``n``, ``format``).
+    """
+
+    def __init__(self, code: ReasonCode, reason: str, **known: int | str):
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+        self.known = known
+
+
+@dataclass(frozen=True)
+class WeightData:
+    """A weight's numbers: ``W[k, n] = input_scales[k] * scales[g, n] * (codes[k, n] - zero_points[g, n] - offsets[g, n])``."""
+
+    codes: np.ndarray
+    """``[K, N]`` uint8."""
+    scales: np.ndarray
+    """``[groups or 1, N]`` float32."""
+    zero_points: np.ndarray
+    """As ``scales``, or ``[1, 1]``; uint8."""
+    offsets: np.ndarray | None = None
+    """As ``scales``, float32: what a zero point has beyond its integer; None for none."""
+    input_scales: np.ndarray | None = None
+    """``[K]`` float32: a scale along the reduction, which belongs to the activation; None for none."""
+
+    def checked(self, where: str) -> WeightData:
+        """Itself, if its numbers are finite.
+
+        Raises:
+            ModelError: a scale or zero point is NaN or Inf.
+        """
+        named = {"scales": self.scales, "zero points": self.offsets, "scales along K": self.input_scales}
+        for what, values in named.items():
+            if values is not None and not np.isfinite(values).all():
+                count = int(np.count_nonzero(~np.isfinite(values)))
+                raise ModelError(f"{where}: {count} of {values.size} {what} are NaN or Inf; finite numbers are needed")
+        return self
+
+
+class LowBitWeight(ABC):
+    """A stored low-bit weight: its shape and format now, its numbers when they are needed."""
+
+    k: int
+    n: int
+    bits: int
+    block_size: int | None
+    """Steps of K that share a scale; None if the scale does not vary along K."""
+    format: str
+    """As people say it: ``int4 block 32``."""
+
+    @abstractmethod
+    def load(self) -> WeightData:
+        """Read the numbers.
+
+        Raises:
+            ModelError: they cannot be read, or a scale is NaN or Inf.
+        """
+
+
+def describe_format(type_name: str, block_size: int | None, granularity: str, zero_points: str) -> str:
+    """``int4 block 32``, ``uint8 per channel, zero points``."""
+    where = f"block {block_size}" if block_size else granularity
+    return f"{type_name} {where}{', ' + zero_points if zero_points else ''}"
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """``y = alpha * (x @ W) + bias``, W low-bit and stored in the file."""
+
+    scope: Scope
+    product: gs.Node
+    """The node that multiplies; rows of the report are named after it."""
+    replaced: tuple[gs.Node, ...]
+    """The nodes that compute ``y`` and go away, in graph order; the last one's output is ``y``."""
+    form: str
+    """The spelling in the source: ``DequantizeLinear -> Transpose -> MatMul``."""
+    x: gs.Tensor
+    y: gs.Tensor
+    weights: tuple[LowBitWeight, ...]
+    """One, or one per index of the third dimension from the right (experts), all of one shape and format."""
+    element_type: int
+    """TensorProto type of x and y."""
+    alpha: float = 1.0
+    bias: np.ndarray | None = None
+    """``[N]`` float32."""
+    addend: gs.Tensor | None = None
+    """What a Gemm adds beyond a constant row."""
+    beta: float = 1.0
+    """Factor of ``addend``."""
+    swapped: tuple[bool, bool] = (False, False)
+    """Whether the last two dimensions of x, and of y, are exchanged with respect to ``x @ W``."""
+    x_shape: tuple[int | str | None, ...] | None = None
+    y_rank: int | None = None
+    rows: int | str | None = None
+    """M: rows of x, a number or a product of dimension names; None if unknown."""
+
+    @property
+    def x_rank(self) -> int | None:
+        """Rank of x, None if unknown."""
+        return None if self.x_shape is None else len(self.x_shape)
+
+    @property
+    def weight(self) -> LowBitWeight:
+        """The weight, or the first of several."""
+        return self.weights[0]

@@ -1,0 +1,82 @@
+"""What a reader is, and how all sites of a model are found."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_graphsurgeon as gs
+
+from .errors import ModelError
+from .facts import QuantizedLinear, Reject
+from .linked import Linked, Scope
+from .pattern import Match, Op, match
+
+
+class Reader(ABC):
+    """Recognises one spelling of a linear layer: a pattern, and what else must hold."""
+
+    patterns: tuple[Op, ...]
+
+    @abstractmethod
+    def read(self, m: Match, linked: Linked) -> QuantizedLinear | None:
+        """The layer's facts; None if this is no linear layer after all.
+
+        Raises:
+            Reject: it is one, but is not taken.
+            ModelError: what the file says of it cannot be right.
+        """
+
+
+class Refiner(ABC):
+    """Takes more of the graph into a fact: an ``Add`` of a constant row becomes its bias."""
+
+    @abstractmethod
+    def refine(self, fact: QuantizedLinear, linked: Linked) -> QuantizedLinear:
+        """The fact, extended where that is possible."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a linear layer stands, taken or not."""
+
+    scope: Scope
+    node: gs.Node
+    found: QuantizedLinear | Reject
+
+    @property
+    def name(self) -> str:
+        """The node's name, or that of its first output."""
+        return str(self.node.name or self.node.outputs[0].name)
+
+
+def find_sites(linked: Linked, readers: Sequence[Reader], refiners: Sequence[Refiner]) -> list[Site]:
+    """Every linear layer of the model, in graph order. The first reader that recognises a node speaks for it."""
+    by_op: dict[str, list[tuple[Reader, Op]]] = {}
+    for reader in readers:
+        for pattern in reader.patterns:
+            for op in (pattern.ops,) if isinstance(pattern.ops, str) else pattern.ops:
+                by_op.setdefault(op, []).append((reader, pattern))
+
+    sites = []
+    for scope, _, node in linked.nodes():
+        for reader, pattern in by_op.get(node.op, ()):
+            m = match(pattern, node, scope)
+            if m is None:
+                continue
+            found: QuantizedLinear | Reject | None
+            try:
+                found = reader.read(m, linked)
+                if found is not None:
+                    for refiner in refiners:
+                        found = refiner.refine(found, linked)
+            except Reject as reject:
+                found = reject
+            except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
+                name = node.name or node.outputs[0].name
+                raise ModelError(f"{linked.source.name}: {node.op} {name!r} cannot be read: {error}") from error
+            if found is not None:
+                sites.append(Site(scope, node, found))
+                break
+    return sites

@@ -1,0 +1,202 @@
+"""What was found, what was done and how right it is: one set of facts, seen as JSON or as a table (`screen`).
+
+The models below are the report's schema; `report.schema.json` beside this file is made from them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+import onnx
+from pydantic import BaseModel, ConfigDict, Field
+
+from .facts import ReasonCode
+
+METADATA_KEY = "msd.report"
+"""Model metadata under which the report travels inside a result, without times and paths."""
+
+
+class Outcome(StrEnum):
+    """What became of a site."""
+
+    REWRITTEN = "rewritten"
+    KEPT = "kept"
+    """It could be left, and was: nothing would be gained, or its meaning would change."""
+    UNSUPPORTED = "unsupported"
+    """It would gain, but cannot be taken."""
+
+
+UNSUPPORTED = frozenset(
+    {
+        ReasonCode.WEIGHT_TYPE,
+        ReasonCode.ACTIVATION_TYPE,
+        ReasonCode.SCALE_LAYOUT,
+        ReasonCode.UNKNOWN_RANK,
+        ReasonCode.COLUMN_ORDER,
+        ReasonCode.FUSED_OP,
+    }
+)
+"""Reasons for `Outcome.UNSUPPORTED`; the others mean `Outcome.KEPT`."""
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_enum_values=False)
+
+
+class SiteRow(_Row):
+    """One linear layer of the source."""
+
+    node: str = Field(description="name of the node that multiplies, or of its first output")
+    kind: Literal["linear"] = "linear"
+    form: str = Field(description="spelling in the source, e.g. DequantizeLinear -> Transpose -> MatMul")
+    format: str | None = Field(None, description="weight format, e.g. int4 block 32, zero points")
+    m: int | str | None = Field(None, description="rows of the activation: a number or a product of dimension names")
+    k: int | None = Field(None, description="length of the reduction")
+    n: int | None = Field(None, description="output columns")
+    outcome: Outcome
+    reason: str | None = Field(None, description="why it was not rewritten, or with what choice, for people")
+    reason_code: ReasonCode | None = Field(None, description="the same, stable")
+    terms: int | None = Field(None, description="INT8 terms of the activation")
+    group: int | None = Field(None, description="K-steps that share an activation scale")
+    error_bound: float | None = Field(
+        None, description="largest error of an activation element over the largest magnitude of its group"
+    )
+    weight_bytes: int | None = Field(None, description="bytes of the packed codes in the result")
+
+
+class Summary(_Row):
+    """Counts over the sites."""
+
+    sites: int
+    rewritten: int
+    kept: int
+    unsupported: int
+    reasons: dict[ReasonCode, int] = Field(
+        default_factory=dict, description="sites that were not rewritten, by reason code"
+    )
+
+
+class Disagreement(_Row):
+    """A place where the arg-max over the last dimension differs from the oracle's."""
+
+    index: list[int] = Field(description="position in the output without its last dimension")
+    oracle: int
+    found: int
+    margin: float = Field(description="oracle's best value less its value at the index found")
+
+
+class Agreement(_Row):
+    """Share of equal arg-max over the last dimension, for outputs that are logits."""
+
+    equal: float
+    positions: int
+    disagreements: list[Disagreement] = Field(description="at most 20, smallest margins last")
+
+
+class OutputRow(_Row):
+    """One output on one feed: the result, and what the user runs today, against the oracle."""
+
+    name: str
+    feed: str
+    relative_l2: float
+    max_abs: float
+    tolerance: float
+    source_relative_l2: float | None = Field(
+        None, description="the source's own distance with optimizations off: float16's rounding, 0 for float32"
+    )
+    baseline_relative_l2: float | None = Field(None, description="the source in a default session")
+    baseline_max_abs: float | None = None
+    portable_relative_l2: float | None = Field(None, description="the result without the native library")
+    native_to_portable_l2: float | None = Field(None, description="with the library against without it")
+    argmax: Agreement | None = None
+    baseline_argmax: Agreement | None = None
+
+
+class SiteError(_Row):
+    """One site alone, against float64."""
+
+    node: str
+    relative_l2: float
+    max_abs: float
+    tolerance: float
+
+
+class Method(StrEnum):
+    """How the result was verified."""
+
+    WHOLE = "whole"
+    """Source and result ran on the same inputs."""
+    SITES = "sites"
+    """Every rewritten layer alone, against float64: the whole would have taken too long or too much memory."""
+
+
+class Verification(_Row):
+    """How far the result is from the oracle."""
+
+    method: Method
+    passed: bool
+    note: str | None = None
+    outputs: list[OutputRow] = Field(default_factory=list)
+    sites: list[SiteError] = Field(default_factory=list, description="worst first")
+    source_ms: float | None = Field(None, description="median run time of the source in a default session")
+    result_ms: float | None = None
+    portable_ms: float | None = None
+
+
+class Report(_Row):
+    """Everything that `msd compile` says."""
+
+    version: Literal[1] = 1
+    source: str | None = Field(None, description="path of the source; absent inside a result")
+    result: str | None = None
+    opset: int
+    summary: Summary
+    sites: list[SiteRow]
+    verification: Verification | None = None
+
+    def json_text(self) -> str:
+        """The report as a JSON document."""
+        return self.model_dump_json(indent=2, exclude_none=True) + "\n"
+
+    def portable(self) -> Report:
+        """Without paths, times and measurements: what travels inside a result, whose bytes must not depend on them."""
+        return self.model_copy(update={"source": None, "result": None, "verification": None})
+
+
+def summarize(sites: list[SiteRow]) -> Summary:
+    """Counts over the sites."""
+    outcomes = Counter(site.outcome for site in sites)
+    reasons = Counter(s.reason_code for s in sites if s.reason_code and s.outcome is not Outcome.REWRITTEN)
+    return Summary(
+        sites=len(sites),
+        rewritten=outcomes[Outcome.REWRITTEN],
+        kept=outcomes[Outcome.KEPT],
+        unsupported=outcomes[Outcome.UNSUPPORTED],
+        reasons={code: reasons[code] for code in sorted(reasons)},
+    )
+
+
+def embedded_report(proto: onnx.ModelProto) -> Report | None:
+    """The report that a compiled model carries; None for any other model."""
+    for entry in proto.metadata_props:
+        if entry.key == METADATA_KEY:
+            try:
+                return Report.model_validate_json(entry.value)
+            except ValueError:
+                return None  # written by a later version, or by hand
+    return None
+
+
+def schema_path() -> Path:
+    """The JSON Schema of the report."""
+    return Path(__file__).parent / "report.schema.json"
+
+
+def schema_text() -> str:
+    """The JSON Schema, made from the models above; the file at `schema_path` is this text."""
+    schema = Report.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return json.dumps(schema, indent=2) + "\n"

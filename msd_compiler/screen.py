@@ -1,0 +1,179 @@
+"""Reports as a person reads them in a terminal: the same facts as the JSON, in tables that fit 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .report import Agreement, Method, Outcome, OutputRow, Report, SiteRow, Verification
+
+_STYLE = {Outcome.REWRITTEN: "green", Outcome.KEPT: "", Outcome.UNSUPPORTED: "yellow"}
+_MANY = 12
+
+
+def report_view(report: Report, *, verbose: bool = False) -> RenderableType:
+    """The whole report: what was found, what was done, how right it is."""
+    parts: list[RenderableType] = [_summary_line(report), _sites_table(report.sites, verbose=verbose)]
+    reasons = _reasons(report.sites)
+    if reasons is not None:
+        parts += [Text(), reasons]
+    if report.verification is not None:
+        parts += [Text(), verification_view(report.verification)]
+    return Group(*parts)
+
+
+def verification_view(verification: Verification) -> RenderableType:
+    """How far the result, and what the user runs today, are from the oracle."""
+    parts: list[RenderableType] = []
+    if verification.method is Method.WHOLE:
+        parts.append(_outputs_table(verification.outputs))
+        parts += [Text(line) for line in _argmax_lines(verification.outputs)]
+        times = _times(verification)
+        if times:
+            parts.append(Text(times))
+    if verification.sites and (verification.method is Method.SITES or not verification.passed):
+        parts.append(_layers_table(verification))
+    if verification.note:
+        parts.append(Text(f"note: {verification.note}"))
+    verdict = (
+        ("verified: within tolerance", "bold green") if verification.passed else ("FAILED: over tolerance", "bold red")
+    )
+    parts.append(Text(*verdict))
+    return Group(*parts)
+
+
+def _summary_line(report: Report) -> Text:
+    s = report.summary
+    if not s.sites:
+        return Text("no linear layers with stored weights: nothing to rewrite")
+    line = f"{s.sites} linear layers: {s.rewritten} rewritten, {s.kept} kept, {s.unsupported} unsupported"
+    return Text(line, style="bold")
+
+
+def _sites_table(sites: list[SiteRow], *, verbose: bool) -> RenderableType:
+    """A row per layer, or, where there are many, a row per kind of layer."""
+    if not sites:
+        return Text()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    if verbose or len(sites) <= _MANY:
+        for heading in ("node", "form", "weight", "K x N", "outcome"):
+            table.add_column(heading, overflow="fold")
+        for site in sites:
+            table.add_row(
+                site.node, site.form, site.format or "", _size(site), Text(_outcome(site), _STYLE[site.outcome])
+            )
+        return table
+    table.add_column("layers", justify="right")
+    for heading in ("form", "weight", "outcome"):
+        table.add_column(heading, overflow="fold")
+    kinds: dict[tuple[str, str, Outcome, str], list[SiteRow]] = {}
+    for site in sites:
+        kinds.setdefault((site.form, site.format or "", site.outcome, _outcome(site)), []).append(site)
+    for (form, weight, outcome, text), rows in kinds.items():
+        table.add_row(str(len(rows)), form, weight, Text(text, _STYLE[outcome]))
+    return table
+
+
+def _size(site: SiteRow) -> str:
+    return f"{site.k} x {site.n}" if site.k and site.n else ""
+
+
+def _outcome(site: SiteRow) -> str:
+    if site.outcome is Outcome.REWRITTEN:
+        return f"rewritten, {site.terms} term{'s' if site.terms != 1 else ''}"
+    return f"{site.outcome}: {site.reason_code}"
+
+
+def _reasons(sites: list[SiteRow]) -> RenderableType | None:
+    """One example in words for every reason code."""
+    examples: dict[str, SiteRow] = {}
+    for site in sites:
+        if site.reason_code and site.reason:
+            examples.setdefault(site.reason_code, site)
+    if not examples:
+        return None
+    lines = [Text(f"{code}: {site.node!r}: {site.reason}") for code, site in examples.items()]
+    return Group(*lines)
+
+
+def _outputs_table(outputs: list[OutputRow]) -> RenderableType:
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, title="distance from the oracle (relative L2)", title_justify="left"
+    )
+    for heading in ("output", "inputs"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("result", "without library", "you run today"):
+        table.add_column(heading, justify="right")
+    shown = outputs if len(outputs) <= _MANY else _telling(outputs)
+    for row in shown:
+        style = "red" if row.relative_l2 > row.tolerance else ""
+        table.add_row(
+            row.name,
+            row.feed,
+            Text(_figure(row.relative_l2), style),
+            _figure(row.portable_relative_l2),
+            _figure(row.baseline_relative_l2),
+        )
+    if len(shown) < len(outputs):
+        table.caption = f"{len(shown)} of {len(outputs)} outputs: those that are no cache, and the worst"
+        table.caption_justify = "left"
+    return table
+
+
+def _telling(outputs: list[OutputRow]) -> list[OutputRow]:
+    """Outputs worth a line: the first of every feed, and the farthest ones."""
+    first: dict[str, OutputRow] = {}
+    for row in outputs:
+        first.setdefault(row.feed, row)
+    worst = sorted(outputs, key=lambda r: -r.relative_l2)[:3]
+    return [*first.values(), *(r for r in worst if r not in first.values())]
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else "0" if value == 0 else f"{value:.2e}"
+
+
+def _argmax_lines(outputs: list[OutputRow]) -> Iterable[str]:
+    for row in outputs:
+        if row.argmax is not None:
+            today = f"; you run today: {_equal(row.baseline_argmax)}" if row.baseline_argmax else ""
+            yield f"{row.name} ({row.feed}): equal arg-max {_equal(row.argmax)}{today}"
+
+
+def _equal(agreement: Agreement) -> str:
+    text = f"{agreement.equal:.1%} of {agreement.positions}"
+    if agreement.disagreements:
+        text += f" (largest margin lost {agreement.disagreements[0].margin:.3g})"
+    return text
+
+
+def _times(verification: Verification) -> str:
+    named = (
+        ("you run today", verification.source_ms),
+        ("result", verification.result_ms),
+        ("without library", verification.portable_ms),
+    )
+    known = [f"{name} {ms:.3g} ms" for name, ms in named if ms is not None]
+    return "median time of a run: " + ", ".join(known) if known else ""
+
+
+def _layers_table(verification: Verification) -> RenderableType:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="layers alone, worst first", title_justify="left")
+    table.add_column("node", overflow="fold")
+    table.add_column("relative L2", justify="right")
+    table.add_column("max abs", justify="right")
+    for site in verification.sites[:_MANY]:
+        table.add_row(site.node, _figure(site.relative_l2), _figure(site.max_abs))
+    if len(verification.sites) > _MANY:
+        table.caption = f"{_MANY} of {len(verification.sites)}"
+        table.caption_justify = "left"
+    return table
+
+
+def print_report(console: Console, report: Report, *, verbose: bool = False) -> None:
+    """Show the report."""
+    console.print(report_view(report, verbose=verbose))

@@ -1,0 +1,381 @@
+"""Is the result right? Source and result on the same inputs, or every rewritten layer alone, against an oracle."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto
+
+from .compare import argmax_agreement, max_abs, relative_l2
+from .errors import MsdError
+from .facts import LowBitWeight
+from .inputs import Feed, NoInputs, generate
+from .oracle import half_precision, is_widened, oracle_model, widen_inputs
+from .report import Method, OutputRow, SiteError, Verification
+from .runtime import RuntimeRefused, TimedOut, open_model, run
+from .source import Source
+
+WHOLE_UP_TO = 2**30
+"""Bytes of weights up to which `msd compile` runs the whole model."""
+
+EPSILON = {TensorProto.FLOAT16: 2.0**-11, TensorProto.BFLOAT16: 2.0**-8}
+"""Rounding of a half type: a source's least distance from its oracle where it cannot run itself."""
+
+_SAY_NOTHING = 4
+"""Log severity: what goes wrong comes as an exception."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, steps done and steps in all."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """A `Progress` that shows nothing."""
+
+
+class Clock:
+    """The time that is left of a budget; None: no limit."""
+
+    def __init__(self, seconds: float | None):
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def left(self) -> float | None:
+        """Seconds left, None for no limit."""
+        return None if self._end is None else self._end - time.monotonic()
+
+    def check(self) -> None:
+        """See that there is time left.
+
+        Raises:
+            TimedOut: there is none.
+        """
+        left = self.left()
+        if left is not None and left <= 0:
+            raise TimedOut("the time for verification is over")
+
+
+@dataclass
+class _Runner:
+    """One way to run a model: what it gives and how long it takes."""
+
+    session: onnxruntime.InferenceSession
+    convert: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda feed: feed)
+    times: list[float] = field(default_factory=list)
+
+    def __call__(self, feed: Feed, clock: Clock) -> list[Any]:
+        arrays = self.convert(feed.arrays)
+        start = time.perf_counter()
+        outputs = run(self.session, None, arrays, clock.left())
+        self.times.append(1000 * (time.perf_counter() - start))
+        return outputs
+
+
+def verify_whole(
+    source: Source,
+    result: Source,
+    *,
+    feeds: Sequence[Feed] | None = None,
+    runs: int = 5,
+    tolerance: float = 1e-3,
+    clock: Clock | None = None,
+    progress: Progress = silent,
+    seed: int = 0,
+) -> Verification:
+    """Run source and result on the same inputs and compare both with the oracle.
+
+    The oracle is the source with graph optimizations off, every accuracy level at 0 and half precision widened.
+    Beside the result stand what the user runs today (the source in a default session) and the result without the library.
+
+    Args:
+        feeds: inputs; None: made from the source's signature.
+        runs: times that each is run for its median time, interleaved.
+        tolerance: largest relative L2 of any output; for a half-precision source, if that is more, twice its own distance.
+
+    Raises:
+        NoInputs: no inputs were found on which the source runs.
+        RuntimeRefused: the source, or the result, does not run.
+        TimedOut: the clock ran out.
+    """
+    clock = clock or Clock(None)
+    progress("verifying", 0, 4)
+    half = half_precision(source.proto)
+    names, feeds, expected = _oracle_outputs(source, feeds, clock, seed)
+    own = _own_outputs(source, feeds, clock) if half else None
+    progress("verifying", 1, 4)
+
+    native = _open(result, "the result")
+    found = [native(feed, clock) for feed in feeds]
+    baseline = _try_open(source)
+    today = [baseline(feed, clock) for feed in feeds] if baseline else None
+    portable = _open(result, "the result without the native library", portable=True)
+    without = [portable(feed, clock) for feed in feeds]
+    progress("verifying", 2, 4)
+
+    rows = []
+    for i, feed in enumerate(feeds):
+        for j, name in enumerate(names):
+            if not isinstance(expected[i][j], np.ndarray) or expected[i][j].dtype.kind in "OSU":
+                continue
+            rows.append(
+                _row(
+                    name,
+                    feed.name,
+                    oracle=expected[i][j],
+                    result=found[i][j],
+                    portable=without[i][j],
+                    baseline=today[i][j] if today else None,
+                    source=own[i][j] if own else None,
+                    half=half,
+                    tolerance=tolerance,
+                )
+            )
+    progress("verifying", 3, 4)
+    timed = {"source_ms": baseline, "result_ms": native, "portable_ms": portable}
+    medians = _time(timed, feeds[-1], runs, clock)
+    progress("verifying", 4, 4)
+    return Verification(
+        method=Method.WHOLE, passed=all(r.relative_l2 <= r.tolerance for r in rows), outputs=rows, **medians
+    )
+
+
+def _oracle_outputs(
+    source: Source, feeds: Sequence[Feed] | None, clock: Clock, seed: int
+) -> tuple[list[str], Sequence[Feed], list[list[Any]]]:
+    """Output names, feeds (made if there are none) and what the oracle says to them.
+
+    The oracle's session, the largest of all with its dequantized weights, is gone when this returns.
+    """
+    oracle = _open_oracle(source)
+    if feeds is None:
+        try:
+            feeds = generate(
+                source.proto, lambda arrays: run(oracle.session, None, oracle.convert(arrays), clock.left()), seed=seed
+            )
+        except NoInputs:
+            clock.check()  # a refusal for want of time is no refusal
+            raise
+    return [o.name for o in oracle.session.get_outputs()], feeds, [oracle(feed, clock) for feed in feeds]
+
+
+def _open_oracle(source: Source) -> _Runner:
+    session = open_model(
+        oracle_model(source.proto, source.array),
+        source.folder,
+        name=source.name,
+        portable=True,
+        graph_optimization_level=onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        log_severity_level=_SAY_NOTHING,
+    )
+    return _Runner(session, widen_inputs if is_widened(source.proto) else dict)
+
+
+def _open(source: Source, name: str, **options: Any) -> _Runner:
+    return _Runner(open_model(source.proto, source.folder, name=name, log_severity_level=_SAY_NOTHING, **options))
+
+
+def _try_open(source: Source) -> _Runner | None:
+    """What the user runs today; None if it does not run (bfloat16 on a CPU)."""
+    try:
+        return _open(source, source.name, portable=True)
+    except RuntimeRefused:
+        return None
+
+
+def _own_outputs(source: Source, feeds: Sequence[Feed], clock: Clock) -> list[list[Any]] | None:
+    """The half-precision source as it is, without optimizations; None if this runtime cannot run it."""
+    try:
+        level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        runner = _open(source, source.name, portable=True, graph_optimization_level=level)
+        return [runner(feed, clock) for feed in feeds]
+    except RuntimeRefused:
+        return None
+
+
+def _row(
+    name: str,
+    feed: str,
+    *,
+    oracle: np.ndarray,
+    result: np.ndarray,
+    portable: np.ndarray,
+    baseline: np.ndarray | None,
+    source: np.ndarray | None,
+    half: int | None,
+    tolerance: float,
+) -> OutputRow:
+    own = None
+    if half is not None:
+        own = relative_l2(source, oracle) if source is not None else EPSILON[half]
+        tolerance = max(tolerance, 2 * own)
+    if oracle.dtype in (np.int8, np.uint8):
+        tolerance = max(tolerance, _rounding_of_codes(oracle))
+    logits = _is_logits(name, oracle)
+    return OutputRow(
+        name=name,
+        feed=feed,
+        relative_l2=relative_l2(result, oracle),
+        max_abs=max_abs(result, oracle),
+        tolerance=tolerance,
+        source_relative_l2=own,
+        baseline_relative_l2=None if baseline is None else relative_l2(baseline, oracle),
+        baseline_max_abs=None if baseline is None else max_abs(baseline, oracle),
+        portable_relative_l2=relative_l2(portable, oracle),
+        native_to_portable_l2=relative_l2(result, portable),
+        argmax=argmax_agreement(result, oracle) if logits else None,
+        baseline_argmax=argmax_agreement(baseline, oracle) if logits and baseline is not None else None,
+    )
+
+
+def _rounding_of_codes(codes: np.ndarray) -> float:
+    """Relative L2 of one element in a hundred, at least one, being off by one code.
+
+    An output of integer codes (a low-bit cache) is a rounded value: one that lies at a boundary may fall on either side,
+    however close the value is.
+    """
+    return float(np.sqrt(max(1.0, 0.01 * codes.size)) / (np.linalg.norm(codes.astype(np.float64)) or 1.0))
+
+
+def _is_logits(name: str, value: np.ndarray) -> bool:
+    return "logit" in name.lower() and value.ndim >= 2 and value.shape[-1] > 1 and value.dtype.kind not in "iub"
+
+
+def _time(runners: dict[str, _Runner | None], feed: Feed, runs: int, clock: Clock) -> dict[str, float | None]:
+    """Median times in ms on one feed, interleaved; the first runs, above, warmed up. Time over: what there is by then."""
+    present = {name: runner for name, runner in runners.items() if runner is not None}
+    for runner in present.values():
+        del runner.times[:-1]
+    try:
+        for _ in range(runs):
+            for runner in present.values():
+                runner(feed, clock)
+    except TimedOut:
+        pass
+    return {name: round(statistics.median(r.times[1:] or r.times), 4) if r else None for name, r in runners.items()}
+
+
+@dataclass(frozen=True)
+class RewrittenProduct:
+    """One ``msd.MatMul`` of the result and the weight it stands for."""
+
+    site: str
+    node: onnx.NodeProto
+    weight: LowBitWeight
+    alpha: float
+    bias: np.ndarray | None
+    element_type: int
+
+
+ROWS = 4
+"""Rows of the random activation that a single layer is verified on."""
+
+_ANY_OPSET, _ANY_IR = 17, 8
+"""A layer alone is one node, run by the native kernel: so it is verified where the runtime is too old for the model."""
+
+_COLUMNS_AT_ONCE = 2**22
+
+
+def verify_sites(
+    result: Source,
+    products: Sequence[RewrittenProduct],
+    *,
+    tolerance: float = 1e-3,
+    clock: Clock | None = None,
+    progress: Progress = silent,
+    seed: int = 0,
+) -> Verification:
+    """Run every rewritten layer alone on a random activation and compare with float64.
+
+    One layer's weight is in memory at a time. When the clock runs out the layers done so far count, and a note says so.
+
+    Raises:
+        RuntimeRefused: a layer does not run.
+    """
+    clock = clock or Clock(None)
+    stored = {t.name: t for t in result.proto.graph.initializer}
+    errors: list[SiteError] = []
+    for done, product in enumerate(products):
+        progress("verifying layers", done, len(products))
+        left = clock.left()
+        if left is not None and left <= 0 and errors:
+            break
+        errors.append(_site_error(result, product, stored, tolerance, seed + done))
+    progress("verifying layers", len(products), len(products))
+    errors.sort(key=lambda e: -e.relative_l2)
+    note = None if len(errors) == len(products) else f"{len(errors)} of {len(products)} layers in the time given"
+    return Verification(
+        method=Method.SITES, passed=all(e.relative_l2 <= e.tolerance for e in errors), sites=errors, note=note
+    )
+
+
+def _site_error(
+    result: Source, product: RewrittenProduct, stored: dict[str, TensorProto], tolerance: float, seed: int
+) -> SiteError:
+    weight = product.weight
+    # The result's element type is a matter of one Cast; in float32 the layer's own error is seen.
+    node = onnx.NodeProto()
+    node.CopyFrom(product.node)
+    for attribute in node.attribute:
+        if attribute.name == "output_dtype":
+            attribute.i = TensorProto.FLOAT
+    alone = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            [node],
+            "site",
+            [onnx.helper.make_tensor_value_info(node.input[0], TensorProto.FLOAT, [ROWS, weight.k])],
+            [onnx.helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, [ROWS, weight.n])],
+            [stored[name] for name in node.input[1:]],
+        ),
+        opset_imports=[onnx.helper.make_opsetid("", _ANY_OPSET), onnx.helper.make_opsetid(node.domain, 1)],
+        ir_version=_ANY_IR,
+    )
+    x = np.random.default_rng(seed).standard_normal((ROWS, weight.k)).astype(np.float32)
+    session = open_model(alone, result.folder, name=f"layer {product.site!r}", log_severity_level=_SAY_NOTHING)
+    found = run(session, None, {node.input[0]: x})[0]
+    oracle = float64_product(x, weight, product.alpha, product.bias)
+    return SiteError(
+        node=product.site, relative_l2=relative_l2(found, oracle), max_abs=max_abs(found, oracle), tolerance=tolerance
+    )
+
+
+def float64_product(x: np.ndarray, weight: LowBitWeight, alpha: float, bias: np.ndarray | None) -> np.ndarray:
+    """``alpha * x @ W + bias`` in float64, the weight dequantized some columns at a time.
+
+    A scale along K is left out: the rewritten graph applies it to x before the op.
+    """
+    data = weight.load()
+    block = weight.block_size or weight.k
+    y = np.empty((len(x), weight.n))
+    step = max(1, _COLUMNS_AT_ONCE // weight.k)
+    for start in range(0, weight.n, step):
+        columns = slice(start, start + step)
+        w = data.codes[:, columns].astype(np.float64) - _per_step(data.zero_points, columns, block, weight.k)
+        if data.offsets is not None:
+            w -= _per_step(data.offsets, columns, block, weight.k)
+        y[:, columns] = x.astype(np.float64) @ (w * _per_step(data.scales, columns, block, weight.k))
+    return alpha * y + (0 if bias is None else bias)
+
+
+def _per_step(values: np.ndarray, columns: slice, block: int, k: int) -> np.ndarray:
+    """Values per group and column as float64 per step of K (or one row for all)."""
+    cut = values if values.shape[1] == 1 else values[:, columns]
+    return (cut if len(cut) == 1 else np.repeat(cut, block, axis=0)[:k]).astype(np.float64)
+
+
+def read_feed(path: Path) -> Feed:
+    """Inputs from an ``.npz`` file, one array per input.
+
+    Raises:
+        MsdError: the file is missing or holds no plain arrays.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Feed(path.name, {name: arrays[name] for name in arrays.files})
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise MsdError(f"inputs {str(path)!r} cannot be read as an .npz of arrays: {error}") from error

@@ -1,0 +1,23 @@
+"""The rewrites: readers that recognise linear layers, refiners that take in what surrounds them, and the lowering."""
+
+from __future__ import annotations
+
+from .fold_bias import FoldBias
+from .read_dequantized_product import ReadDequantizedGemm, ReadDequantizedMatMul
+from .read_matmul_nbits import ReadMatMulNBits
+from .report_quantized_activation import ReportFusedOp, ReportQuantizedActivation
+from .report_unquantized import ReportDequantizedWeight, ReportFloatWeight, ReportRuntimeWeight
+
+READERS = (
+    ReadMatMulNBits(),
+    ReadDequantizedMatMul(),
+    ReadDequantizedGemm(),
+    ReportQuantizedActivation(),
+    ReportFusedOp(),
+    ReportFloatWeight(),
+    ReportDequantizedWeight(),
+    ReportRuntimeWeight(),  # last: it takes what no other reader knew
+)
+"""Asked in this order; the first that recognises a node speaks for it."""
+
+REFINERS = (FoldBias(),)

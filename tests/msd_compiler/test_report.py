@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+
+import jsonschema
+from support import compiled, model, weight
+
+from msd_compiler.report import (
+    UNSUPPORTED,
+    Outcome,
+    ReasonCode,
+    Report,
+    embedded_report,
+    schema_path,
+    schema_text,
+)
+
+GRAPH = "(float[M, 64] x) => (float[M, 32] y) { d = DequantizeLinear(w, s)  y = MatMul(x, d) }"
+
+
+def test_the_shipped_schema_is_that_of_the_models():
+    """Make it again with ``python -c "from msd_compiler.report import *; schema_path().write_text(schema_text())"``."""
+    assert schema_path().read_text() == schema_text()
+
+
+def test_a_report_fits_the_schema():
+    report = compiled(model(GRAPH, **weight("int8", (64, 32), (32,)))).report
+    document = json.loads(report.json_text())
+    jsonschema.validate(document, json.loads(schema_path().read_text()))
+    assert document["version"] == 1
+    assert document["summary"] == {"sites": 1, "rewritten": 1, "kept": 0, "unsupported": 0, "reasons": {}}
+    (site,) = document["sites"]
+    assert (site["kind"], site["outcome"], site["m"], site["k"], site["n"]) == ("linear", "rewritten", "M", 64, 32)
+    assert site["error_bound"] == 1 / 64516
+
+
+def test_the_report_travels_in_the_result_without_times_and_paths():
+    done = compiled(model(GRAPH, **weight("int8", (64, 32), (32,))))
+    inside = embedded_report(done.model)
+    assert isinstance(inside, Report)
+    assert inside == done.report.portable()
+    assert (inside.source, inside.result, inside.verification) == (None, None, None)
+
+
+def test_a_model_without_report_has_none():
+    plain = model(GRAPH, **weight("int8", (64, 32), (32,)))
+    assert embedded_report(plain) is None
+    plain.metadata_props.add(key="msd.report", value='{"version": 99}')
+    assert embedded_report(plain) is None
+
+
+def test_every_reason_code_means_one_outcome():
+    assert set(ReasonCode) >= UNSUPPORTED
+    assert {o.value for o in Outcome} == {"rewritten", "kept", "unsupported"}

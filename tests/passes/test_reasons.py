@@ -1,0 +1,182 @@
+"""What is seen and not taken gets a row: a stable code and a reason in words, and the model stays as it is."""
+
+from dataclasses import dataclass, field
+
+import ml_dtypes
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+from support import model, nbits_weight, only_row, rows, weight
+
+from msd_compiler.facts import ReasonCode
+from msd_compiler.report import Outcome
+
+K, N = 40, 20
+INT8 = weight("int8", (K, N), (N,))
+NBITS = nbits_weight(K, N, 16)
+FLOAT = {"w": np.ones((K, N), np.float32)}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A row: the graph from ``x`` to ``y``, the code, part of the reason, and what is known of the layer."""
+
+    name: str
+    code: ReasonCode
+    words: str
+    nodes: str
+    tensors: dict = field(default_factory=dict)
+    known: dict = field(default_factory=lambda: {"k": K, "n": N})
+    inputs: str = "float[3,40] x"
+    opset: int = 21
+
+
+def nbits(inputs="x, b, s", bits=4, k=K):
+    return f"y = com.microsoft.MatMulNBits<K={k}, N={N}, bits={bits}, block_size=16>({inputs})"
+
+
+def tensor(data_type, *dims):
+    return helper.make_tensor("", data_type, dims, bytes(int(np.prod(dims)) // 2), raw=True)
+
+
+DQ = "d = DequantizeLinear(w, s)  y = MatMul(x, d)"
+EXPERTS = weight("int8", (4, K, N), (N,))
+IN_UINT8 = "q = QuantizeLinear(x, xs, xz)  "
+Q = {"xs": np.float32(0.02), "xz": np.uint8(128)}
+A, F, L, R, U, W = (
+    ReasonCode.ACTIVATION_QUANTIZED, ReasonCode.FLOAT_WEIGHT, ReasonCode.SCALE_LAYOUT, ReasonCode.RUNTIME_WEIGHT,
+    ReasonCode.UNKNOWN_RANK, ReasonCode.WEIGHT_TYPE,
+)  # fmt: skip
+
+# fmt: off
+TABLE = [
+    Kept("MatMul", F, "its weight 'w' is float32, not quantized", "y = MatMul(x, w)", FLOAT),
+    Kept("MatMul of rank 3", F, "its weight 'w' is float32, not quantized", "y = MatMul(x, w)", {"w": np.ones((4, K, N), np.float32)}),
+    Kept("MatMul, Transpose", F, "its weight 'w' is float32, not quantized", "t = Transpose(w)  y = MatMul(x, t)", {"w": np.ones((N, K), np.float32)}),
+    Kept("MatMul, Cast from float16", F, "its weight 'w' is float16, not quantized", "t = Cast<to=1>(w)  y = MatMul(x, t)", {"w": np.ones((K, N), np.float16)}, {"k": K, "n": N, "format": "float16"}),
+    Kept("Gemm", F, "its weight 'w' is float32, not quantized", "y = Gemm(x, w)", FLOAT),
+    Kept("Gemm transB, bias", F, "its weight 'w' is float32, not quantized", "y = Gemm<transB=1>(x, w, b)", {"w": np.ones((N, K), np.float32), "b": np.ones(N, np.float32)}),
+    Kept("FusedMatMul", F, "its weight 'w' is float32, not quantized", "y = com.microsoft.FusedMatMul<alpha=0.5, transB=1>(x, w)", {"w": np.ones((N, K), np.float32)}),
+    Kept("float on the left", F, "its weight 'w' is float32, not quantized", "y = MatMul(w, x)", {"w": np.ones((N, K), np.float32)}, inputs="float[40,3] x"),
+    Kept("Gemm, float on the left", F, "its weight 'w' is float32, not quantized", "y = Gemm<transA=1>(w, x)", FLOAT, inputs="float[40,3] x"),
+    Kept("double", F, "its weight 'w' is float64, not quantized", "y = MatMul(x, w)", {"w": np.ones((K, N))}, inputs="double[3,40] x"),
+
+    Kept("input", R, "its weight 'w' is an input of the model, not stored in the file", "y = MatMul(x, w)", known={}, inputs="float[3,40] x, float[40,20] w"),
+    Kept("dequantized input", R, "its weight 'w' is an input of the model", "d = DequantizeLinear(w, s)  y = MatMul(x, d)", {"s": INT8["s"]}, {}, "float[3,40] x, int8[40,20] w"),
+    Kept("scales are an input", R, "its scales 's' are not stored in the file", DQ, {"w": INT8["w"]}, {}, "float[3,40] x, float[20] s"),
+    Kept("scales are computed", R, "its scales 't' are not stored in the file", "t = Neg(s)  d = DequantizeLinear(w, t)  c = Transpose(d)  y = Gemm<transB=1>(x, c)", INT8, {}),
+    Kept("zero points are an input", R, "its zero points 'z' are not stored in the file", "d = DequantizeLinear(w, s, z)  y = MatMul(x, d)", INT8, {}, "float[3,40] x, int8[20] z"),
+    Kept("MatMulInteger by an input", R, "its weight 'w' is an input of the model", "q, qs, qz = DynamicQuantizeLinear(x)  i = MatMulInteger(q, w, qz)  y = Cast<to=1>(i)", known={}, inputs="float[3,40] x, int8[40,20] w"),
+    *(Kept(f"MatMulNBits, {what} are an input", R, f"its {what} '{name}' are not stored in the file",
+           nbits("x, b, s, z"), {k: v for k, v in nbits_weight(K, N, 16, zeros="packed").items() if k != name}, inputs=f"float[3,40] x, {shape} {name}")
+      for what, name, shape in (("weight", "b", "uint8[20,3,8]"), ("scales", "s", "float[20,3]"), ("zero points", "z", "uint8[20,2]"))),
+    Kept("MatMulNBits, bias is an input", R, "its bias 'c' is not stored in the file", nbits("x, b, s, , , c"), NBITS, inputs="float[3,40] x, float[20] c"),
+
+    Kept("QuantizeLinear before MatMul", A, "gives its activation as integer codes (QuantizeLinear 'quantize'); that rounding is part of its meaning",
+         "[quantize] q = QuantizeLinear(x, xs, xz)  f = DequantizeLinear(q, xs, xz)  " + DQ.replace("(x", "(f"), INT8 | Q, {"k": K, "n": N, "format": "int8 per channel"}),
+    Kept("integer input", A, "gives its activation as integer codes (input 'x')", "f = DequantizeLinear(x, xs)  " + DQ.replace("(x", "(f"), INT8 | Q, inputs="int8[3,40] x"),
+    Kept("Reshape between", A, "(QuantizeLinear 'q')", IN_UINT8 + "f = DequantizeLinear(q, xs, xz)  r = Reshape(f, shape)  " + DQ.replace("(x", "(r"), INT8 | Q | {"shape": np.array([-1, K])}),
+    Kept("Gemm", A, "(QuantizeLinear 'q')", IN_UINT8 + "f = DequantizeLinear(q, xs, xz)  d = DequantizeLinear(w, s)  y = Gemm(f, d)", INT8 | Q),
+    Kept("on the left", A, "(QuantizeLinear 'q')", IN_UINT8 + "f = DequantizeLinear(q, xs, xz)  d = DequantizeLinear<axis=0>(w, s)  y = MatMul(d, f)", weight("int8", (N, K), (N,)) | Q, inputs="float[40,3] x"),
+    Kept("MatMulNBits", A, "(QuantizeLinear 'q')", IN_UINT8 + "f = DequantizeLinear(q, xs, xz)  " + nbits("f, b, s"), NBITS | Q),
+    Kept("MatMulInteger", A, "MatMulInteger takes its activation as integer codes", "q, qs, qz = DynamicQuantizeLinear(x)  i = MatMulInteger(q, w, qz)  y = Cast<to=1>(i)", {"w": INT8["w"]}, {"k": K, "n": N, "format": "int8"}),
+    Kept("QLinearMatMul", A, "QLinearMatMul takes its activation as integer codes", IN_UINT8 + "i = QLinearMatMul(q, xs, xz, w, s, z, xs, xz)  y = DequantizeLinear(i, xs, xz)", weight("int8", (K, N), (N,), True) | Q),
+    Kept("DynamicQuantizeMatMul", A, "DynamicQuantizeMatMul takes its activation as integer codes", "y = com.microsoft.DynamicQuantizeMatMul(x, w, s)", INT8),
+    Kept("MatMulIntegerToFloat", A, "MatMulIntegerToFloat takes its activation as integer codes", IN_UINT8 + "y = com.microsoft.MatMulIntegerToFloat(q, w, xs, s, xz)", INT8 | Q),
+    Kept("QGemm", A, "QGemm takes its activation as integer codes", IN_UINT8 + "y = com.microsoft.QGemm<transB=1>(q, xs, xz, w, s, z)", weight("int8", (N, K), (N,), True) | Q),
+
+    *(Kept(f"opset {opset}, {name}", ReasonCode.OPSET_TOO_OLD, f"the model imports opset {opset}; msd.MatMul needs 11 or later", nodes, tensors, opset=opset)
+      for opset in (9, 10) for name, nodes, tensors in (("MatMulNBits", nbits(), NBITS), ("com.microsoft", DQ.replace("Deq", "com.microsoft.Deq"), INT8))),
+    Kept("opset 10, DequantizeLinear", ReasonCode.OPSET_TOO_OLD, "onnx.version_converter", DQ, weight("uint8", (K, N), ()), opset=10),
+
+    Kept("int16", W, "weight 'w' is int16; int2, int4, int8 and their unsigned forms are multiplied directly", DQ, {"w": np.ones((K, N), np.int16), "s": np.ones(N, np.float32)}, {}),
+    Kept("int32", W, "weight 'w' is int32", DQ, {"w": np.ones((K, N), np.int32), "s": np.ones(N, np.float32)}, {}),
+    Kept("float8", W, "weight 'w' is float8e4m3fn", DQ, {"w": np.ones((K, N), ml_dtypes.float8_e4m3fn), "s": np.ones(N, np.float32)}, {}),
+    Kept("float4", W, "weight 'w' is float4e2m1", DQ, {"w": tensor(TensorProto.FLOAT4E2M1, K, N), "s": np.ones(N, np.float32)}, {}, opset=23),
+    Kept("float4, scales dequantized", W, "weight 'w' is float4e2m1", "t = DequantizeLinear(s8, g)  d = DequantizeLinear<axis=0, block_size=20>(w, t)  c = Cast<to=1>(d)  y = MatMul(x, c)",
+         {"w": tensor(TensorProto.FLOAT4E2M1, K, N), "s8": np.ones((2, N), ml_dtypes.float8_e4m3fn), "g": np.float32(1)}, {}, opset=23),
+    Kept("scales of float8", W, "scales 's' are float8e8m0; a float type is needed", "d = DequantizeLinear<axis=0, block_size=20, output_dtype=1>(w, s)  y = MatMul(x, d)",
+         {"w": INT8["w"], "s": np.ones((2, N), ml_dtypes.float8_e8m0fnu)}, {}, opset=23),
+    Kept("MatMulNBits, 3 bits", W, "its weight has 3 bits; 2, 4 or 8 are multiplied directly", nbits(bits=3), NBITS),
+    Kept("MatMulNBits, int32 codes", W, "its weight 'b' are int32; what is read is uint8", nbits(), NBITS | {"b": np.ones((N, 3, 2), np.int32)}),
+    Kept("MatMulNBits, double scales", W, "its scales 's' are float64; what is read is bfloat16, float16, float32", nbits(), NBITS | {"s": np.ones((N, 3))}),
+    Kept("MatMulNBits, int32 zero points", W, "its zero points 'z' are int32; what is read is bfloat16, float16, float32, uint8", nbits("x, b, s, z"), NBITS | {"z": np.ones((N, 2), np.int32)}),
+
+    Kept("double", ReasonCode.ACTIVATION_TYPE, "the product is in float64; float32, float16 or bfloat16 is needed", "d = DequantizeLinear(w, s)  c = Cast<to=11>(d)  y = MatMul(x, c)", INT8, {}, "double[3,40] x"),
+
+    Kept("blocks along N", L, "weight 'w' has blocks of 1 along K that differ between columns; 4 or more are needed",
+         "d = DequantizeLinear<axis=1, block_size=5>(w, s)  y = MatMul(x, d)", weight("int4", (K, N), (K, 4)), {"k": K, "n": N, "format": "int4 block 1"}),
+    Kept("blocks of 2", L, "weight 'w' has blocks of 2 along K", "d = DequantizeLinear<axis=0, block_size=2>(w, s)  y = MatMul(x, d)", weight("int4", (K, N), (20, N))),
+    Kept("8-bit zero points along K", L, "weight 'w' has 8-bit codes with zero points that differ along K; they share no 8-bit range",
+         "d = DequantizeLinear<axis=0>(w, s, z)  y = MatMul(x, d)", weight("int8", (K, N), (K,), True)),
+    Kept("Reshape across a block", L, "its scales cannot be followed through Reshape 'flat': [20, 40] to [25, 32] cuts through a run of 20 that shares a scale",
+         "d = DequantizeLinear(w, s)  t = Transpose(d)  [flat] r = Reshape(t, shape)  y = MatMul(x, r)", INT8 | {"shape": np.array([25, 32])}, {}, "float[3,25] x"),
+    Kept("Reshape, last block incomplete", L, "its scales cannot be followed through Reshape 'r': its last block is incomplete",
+         "d = DequantizeLinear<axis=0, block_size=16>(w, s)  r = Reshape(d, shape)  y = MatMul(x, r)", weight("int8", (K, N), (3, N)) | {"shape": np.array([1, K, N])}, {}),
+    Kept("Reshape, too few elements", L, "[40, 20] has too few elements for [40, 20, 2]", "d = DequantizeLinear(w, s)  r = Reshape(d, shape)  y = MatMul(x, r)", INT8 | {"shape": np.array([K, N, 2])}, {}),
+    Kept("Reshape, too many elements", L, "[40, 20] has too many elements for [40, 10]", "d = DequantizeLinear(w, s)  r = Reshape(d, shape)  y = MatMul(x, r)", INT8 | {"shape": np.array([K, 10])}, {}),
+    Kept("Transpose that repeats", L, "Transpose 'r': [0, 0] is no permutation of 2 dimensions", "d = DequantizeLinear(w, s)  r = Transpose<perm=[0,0]>(d)  y = MatMul(x, r)", INT8, {}),
+    Kept("Transpose of another rank", L, "Transpose 'r': [0, 2, 1] is no permutation of 2 dimensions", "d = DequantizeLinear(w, s)  r = Transpose<perm=[0,2,1]>(d)  y = MatMul(x, r)", INT8, {}),
+    Kept("vector", L, "weight 'w' has rank 1, expected 2 or more", "d = DequantizeLinear(w, s)  y = MatMul(x, d)", weight("int8", (K,), ()), {}),
+    Kept("empty", L, "weight 'w' is empty", "d = DequantizeLinear(w, s)  y = MatMul(x, d)", weight("int8", (K, 0), ()), {}),
+    Kept("Gemm of rank 3", L, "Gemm takes matrices, its weight has rank 3", "d = DequantizeLinear<axis=2>(w, s)  y = Gemm(x, d)", EXPERTS, {}),
+    Kept("other experts", L, "its weight holds [4] matrices; the activation 'x' of shape [3, 2, 40] does not pair with them",
+         "d = DequantizeLinear<axis=2>(w, s)  y = MatMul(x, d)", EXPERTS, inputs="float[3,2,40] x"),
+    Kept("experts by a symbol", L, "the activation 'x' of shape ['E', 2, 40] does not pair with them", "d = DequantizeLinear<axis=2>(w, s)  y = MatMul(x, d)", EXPERTS, inputs="float[E,2,40] x"),
+    Kept("experts by a vector", L, "the activation 'x' of shape [40] does not pair with them", "d = DequantizeLinear<axis=2>(w, s)  y = MatMul(x, d)", EXPERTS, inputs="float[40] x"),
+    Kept("rank 4", L, "its weight holds [2, 4] matrices", "d = DequantizeLinear<axis=3>(w, s)  y = MatMul(x, d)", weight("int8", (2, 4, K, N), (N,)), inputs="float[2,4,3,40] x"),
+
+    Kept("on the left", U, "the rank of its activation 'x' is unknown, which a weight on the left needs", "d = DequantizeLinear<axis=0>(w, s)  y = MatMul(d, x)", weight("int8", (N, K), (N,)), inputs="float[] x"),
+    Kept("rank 3", U, "the rank of its activation 'x' is unknown, which a weight of rank 3 needs", "d = DequantizeLinear<axis=2>(w, s)  y = MatMul(x, d)", EXPERTS, inputs="float[] x"),
+
+    Kept("g_idx", ReasonCode.COLUMN_ORDER, "its columns are assigned to groups by 'g'", nbits("x, b, s, , g"), NBITS | {"g": np.arange(K, dtype=np.int32)[::-1] // 16}),
+    Kept("g_idx is an input", ReasonCode.COLUMN_ORDER, "its columns are assigned to groups by 'g'", nbits("x, b, s, , g"), NBITS, inputs="float[3,40] x, int32[40] g"),
+
+    Kept("MatMulBnb4", ReasonCode.FUSED_OP, "MatMulBnb4: its codes (bitsandbytes FP4/NF4) are no small integers", "y = com.microsoft.MatMulBnb4<K=40, N=20, block_size=16, quant_type=1>(x, b, s)", {"b": np.ones(400, np.uint8), "s": np.ones(50, np.float32)}, {}),
+    Kept("QMoE", ReasonCode.FUSED_OP, "QMoE: mixture-of-experts layers are not taken apart", "y = com.microsoft.QMoE(x, r, b, s, , b, s)", {"r": np.ones((3, 4), np.float32), "b": np.ones((4, 20, 20), np.uint8), "s": np.ones((4, 40), np.float32)}, {}),
+    Kept("MatMulFpQ4", ReasonCode.FUSED_OP, "MatMulFpQ4: its block format predates MatMulNBits", "y = com.microsoft.MatMulFpQ4(x, b, s)", {"b": np.ones(400, np.uint8), "s": np.array([K, N])}, {}),
+    Kept("FusedMatMul", ReasonCode.FUSED_OP, "FusedMatMul: its own transpositions and factor are not read", "d = DequantizeLinear(w, s)  y = com.microsoft.FusedMatMul<alpha=0.5>(x, d)", INT8, {}),
+    Kept("DynamicQuantizeLSTM", ReasonCode.FUSED_OP, "DynamicQuantizeLSTM: recurrent layers are not taken apart", "y = com.microsoft.DynamicQuantizeLSTM<hidden_size=5>(x, w, w, , , , , , s, s, s, s)", INT8, {}),
+]
+
+NO_SITE = {
+    "two activations": ("y = MatMul(x, x)", {}, "float[4,4] x"),
+    "two dequantized activations": ("q = QuantizeLinear(x, xs, xz)  f = DequantizeLinear(q, xs, xz)  t = Transpose(f)  y = MatMul(f, t)", Q, "float[4,4] x"),
+    "MatMulInteger of two activations": ("q = QuantizeLinear(x, xs, xz)  t = Transpose(q)  i = MatMulInteger(q, t)  y = Cast<to=1>(i)", Q, "float[4,4] x"),
+    "a table of positions": ("t = Reshape(w, shape)  y = MatMul(x, t)", FLOAT | {"shape": np.array([1, K, N])}, "float[3,40] x"),
+    "a vector": ("y = MatMul(x, w)", {"w": np.ones(K, np.float32)}, "float[3,40] x"),
+    "a column": ("y = MatMul(x, w)", {"w": np.ones((K, 1), np.float32)}, "float[3,40] x"),
+    "integers": ("y = MatMul(x, w)", {"w": np.ones((K, N), np.int32)}, "int32[3,40] x"),
+    "two constants": ("c = MatMul(w, v)  y = Add(x, c)", {"v": np.ones((3, K), np.float32), "w": np.ones((K, N), np.float32)}, "float[3,20] x"),
+    "embedding": ("d = DequantizeLinear(w, s)  y = Gather(d, x)", INT8, "int64[3] x"),
+    "convolution": ("d = DequantizeLinear<axis=0>(w, s)  y = Conv(x, d)", weight("int8", (4, 3, 2, 2), (4,)), "float[1,3,8,8] x"),
+    "another op of that name": ("y = my.MatMulNBits<K=40, N=20, bits=4, block_size=16>(x, b, s)", NBITS, "float[3,40] x"),
+    "another MatMul": ("d = DequantizeLinear(w, s)  y = my.MatMul(x, d)", INT8, "float[3,40] x"),
+}
+# fmt: on
+
+
+def source(row):
+    scalar = "double" if "double" in row.inputs else "float"
+    return model(f"({row.inputs}) => ({scalar}[] y) {{ {row.nodes} }}", opset=row.opset, **row.tensors)
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=f"{row.code}: {row.name}") for row in TABLE])
+def test_reason(row):
+    found = only_row(source(row))
+    assert (found.reason_code, row.words in found.reason) == (row.code, True), found.reason
+    assert {name: getattr(found, name) for name in row.known} == row.known
+    kept = {A, F, R, ReasonCode.OPSET_TOO_OLD}
+    assert found.outcome is (Outcome.KEPT if row.code in kept else Outcome.UNSUPPORTED)
+    assert found.terms is None
+
+
+def test_every_code_has_a_row():
+    assert {row.code for row in TABLE} == set(ReasonCode) - {ReasonCode.ROUNDED_DOWNSTREAM}  # that one is rewritten
+
+
+@pytest.mark.parametrize(("nodes", "tensors", "inputs"), NO_SITE.values(), ids=NO_SITE)
+def test_no_site(nodes, tensors, inputs):
+    proto = model(f"({inputs}) => (float[] y) {{ {nodes} }}", **tensors)
+    proto.opset_import.add(domain="my", version=1)
+    assert rows(proto) == []
