@@ -21,7 +21,7 @@ from .api import DEFAULT_TOLERANCE, DEFAULT_VERIFY_SECONDS, VerificationFailed
 from .errors import MsdError, OutputError
 from .report import Report, embedded_report
 from .source import load
-from .verification import read_feed
+from .verification import read_feed, silent
 
 FAILED, MISTAKE = 1, 2
 """Exit statuses: the result is not right enough; the user's input cannot be."""
@@ -134,7 +134,9 @@ def run(
 ) -> None:
     """Run a model once, with the native kernels or, to compare, without."""
     _check_writable(output, model, inputs)
-    arrays = api.run(model, read_feed(inputs).arrays, portable=portable)
+    with _progress(quiet=json_) as progress:
+        progress("running", 0, 1)
+        arrays = api.run(model, read_feed(inputs).arrays, portable=portable)
     try:
         with output.open("wb") as file:
             np.savez(file, **{name: _storable(array) for name, array in arrays.items()})  # type: ignore[arg-type]
@@ -227,8 +229,11 @@ def _write_report(path: Path | None, report: Report) -> None:
 def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A bar per stage on a terminal; nothing elsewhere."""
     console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield silent
+        return
     columns: tuple[Any, ...] = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:

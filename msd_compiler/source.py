@@ -103,6 +103,8 @@ class Source:
         """
         try:
             if not is_external(tensor):
+                if tensor.HasField("raw_data") and len(tensor.raw_data) != nbytes(tensor):
+                    raise ValueError(f"{len(tensor.raw_data)} bytes are stored, {nbytes(tensor)} are needed")
                 return np.asarray(numpy_helper.to_array(tensor))
             data = self.bytes_of(tensor)
             if tensor.data_type in _BITS:
