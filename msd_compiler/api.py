@@ -16,6 +16,7 @@ from .choose import Choice, choose
 from .edit import Edit
 from .errors import OptionError, OutputError
 from .facts import QuantizedLinear, ReasonCode, Reject
+from .inline import inlined
 from .inputs import Feed, NoInputs
 from .linked import Linked
 from .passes import READERS, REFINERS
@@ -75,7 +76,7 @@ def inspect(model: ModelLike, *, terms: int | None = None) -> Report:
     known = embedded_report(source.proto)
     if known is not None:
         return known.model_copy(update={"source": str(source.path) if source.path else None})
-    linked = Linked.of(source)
+    linked = Linked.of(inlined(source))
     sites = find_sites(linked, READERS, REFINERS)
     choices = choose(linked, sites, terms)
     return _report(source, [_row(source, site, c) for site, c in zip(sites, choices, strict=True)])
@@ -114,7 +115,7 @@ def compile(
         raise OptionError(f"tolerance ({tolerance}) and verify seconds ({verify_seconds}) must be positive")
     source = load(model)
     target = None if output is None else _target(source, Path(output))
-    linked = Linked.of(source)
+    linked = Linked.of(inlined(source))
     sites = find_sites(linked, READERS, REFINERS)
     choices = choose(linked, sites, terms)
     rows = [_row(source, site, choice) for site, choice in zip(sites, choices, strict=True)]
