@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from msd_compiler.inline import inlined
-from msd_compiler.source import Source
 from onnx import numpy_helper, parser
 from support import activation, weight
+
+from msd_compiler.inline import inlined
+from msd_compiler.source import Source
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21, "torch" : 1]>
 g (float[M, 40] x) => (float[M, 20] z) {
