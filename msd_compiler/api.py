@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ from .choose import Choice, choose
 from .edit import Edit
 from .errors import OptionError, OutputError
 from .facts import QuantizedLinear, ReasonCode, Reject
+from .genai import FolderOutput, GenaiFolder, default_folder, is_genai, merged_report
 from .inline import inlined
 from .inputs import Feed, NoInputs
 from .linked import Linked
@@ -56,10 +57,10 @@ class VerificationFailed(Exception):
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled model: in memory, or at ``path`` if an output was named."""
+    """A compiled model: in memory, or at ``path``, a file or a folder, if an output was named."""
 
     model: onnx.ModelProto
-    """With its weights embedded, or, beside ``path``, in a data file."""
+    """With its weights embedded, or, beside ``path``, in a data file. Of a folder with several: the decoder."""
     report: Report
     path: Path | None = None
     changed: bool = True
@@ -97,6 +98,8 @@ def compile(
     Args:
         model: a file, a folder with one model in it, or a parsed model. Never changed.
         output: where to write the result; None: keep it in memory. It appears whole, after verification, or not at all.
+            For a folder with a ``genai_config.json``: the folder to make, ready for onnxruntime-genai, or an ``.onnx``
+            file for the one model in it.
         terms: INT8 terms of the activation: 1 (8 bits), 2 (16 bits) or 3 (24 bits). None: 2, but 3 for layers whose
             result the model itself rounds to integers further on (an int8 cache).
         verify: compare the result with the oracle.
@@ -113,6 +116,9 @@ def compile(
         raise OptionError(f"terms is {terms}; it must be 1, 2 or 3")
     if not tolerance > 0 or not verify_seconds > 0:
         raise OptionError(f"tolerance ({tolerance}) and verify seconds ({verify_seconds}) must be positive")
+    if output is not None and not isinstance(model, onnx.ModelProto) and makes_folder(model, output):
+        options = {"terms": terms, "verify": verify, "verify_seconds": verify_seconds, "tolerance": tolerance}
+        return _compile_folder(Path(model), Path(output), options | {"progress": progress})
     source = load(model)
     target = None if output is None else _target(source, Path(output))
     linked = Linked.of(inlined(source))
@@ -193,6 +199,28 @@ def run(
     opened = session(load(model).path or model, portable=portable, **options)
     names = [o.name for o in opened.get_outputs()]
     return dict(zip(names, run_session(opened, None, dict(inputs)), strict=True))
+
+
+def makes_folder(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> bool:
+    """Whether `compile` would write a folder: a GenAI folder is given, and no ``.onnx`` file asked for."""
+    return is_genai(Path(model)) and Path(output).suffix != ".onnx"
+
+
+def _compile_folder(folder: Path, target: Path, options: dict[str, Any]) -> Compiled:
+    source = GenaiFolder.read(folder)
+    done: dict[str, Compiled] = {}
+    with FolderOutput(target, source) as out:
+        for name in source.models:
+            where = {"source": str(folder / name), "result": str(target / name)}
+            try:
+                one = compile(folder / name, out.model(name), **options)
+            except VerificationFailed as failure:
+                raise VerificationFailed(f"{name}: {failure}", failure.report.model_copy(update=where)) from None
+            done[name] = replace(one, report=one.report.model_copy(update=where))
+        out.commit(with_library=any(embedded_report(one.model) for one in done.values()))
+    first = done[source.models[0]]
+    report = merged_report(folder, target, {name: one.report for name, one in done.items()})
+    return Compiled(first.model, report, target, changed=any(one.changed for one in done.values()))
 
 
 def _row(source: Source, site: Site, choice: Choice) -> SiteRow:
@@ -367,6 +395,8 @@ def _copy(source: Source, target: Path | None) -> onnx.ModelProto:
 
 
 def default_output(model: str | os.PathLike[str]) -> Path:
-    """``model.onnx`` -> ``model.msd.onnx`` beside it; for a folder, beside the model in it."""
+    """``model.onnx`` -> ``model.msd.onnx`` beside it; for a folder, beside the model in it, or ``FOLDER-msd``."""
+    if is_genai(Path(model)):
+        return default_folder(Path(model))
     path = model_file(Path(model))
     return path.with_name(path.name.removesuffix(".onnx") + ".msd.onnx")

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from . import api, screen
+from . import api, genai, screen
 from .api import DEFAULT_TOLERANCE, DEFAULT_VERIFY_SECONDS, VerificationFailed
 from .errors import MsdError, OutputError
 from .report import Report, embedded_report
@@ -52,7 +52,8 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="a row for every 
 def compile(
     model: Model,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="OUT", help="default: MODEL's stem + .msd.onnx")
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="default: MODEL's stem + .msd.onnx; a GenAI folder's: -msd"),
     ] = None,
     terms: Terms = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the report there, too")] = None,
@@ -64,12 +65,14 @@ def compile(
 ) -> None:
     """Rewrite a model's quantized linear layers, prove the result right, and report.
 
+    A folder with a genai_config.json becomes a folder that onnxruntime-genai loads: model, tokenizer, library and all.
+
     Exit status 1: the result was further from the oracle than allowed and was not kept. 2: a mistake in the input.
     """
     with _progress(quiet=json_) as progress:
         target = output if output is not None else api.default_output(model)
         if report is not None:
-            _check_writable(report, model, target)
+            _check_report(report, model, target)
         try:
             compiled = api.compile(
                 model,
@@ -93,6 +96,8 @@ def compile(
         else:
             why = "already rewritten" if embedded_report(compiled.model) else "nothing to rewrite"
             _console().print(f"{why}: {target} is a copy", soft_wrap=True)
+        if genai.is_result(target):
+            _console().print(genai.VERSIONS, soft_wrap=True, highlight=False)
 
 
 @app.command(epilog="Example: msd inspect model.onnx --json")
@@ -208,13 +213,28 @@ def _show(report: Report, as_json: bool, verbose: bool) -> None:
         screen.print_report(_console(), report, verbose=verbose)
 
 
+def _check_report(path: Path, model: Path, target: Path) -> None:
+    """See, before the work, that the report can be written, and outside the folders if the result is a folder."""
+    if not api.makes_folder(model, target):
+        _check_writable(path, model, target)
+        return
+    _check_place(path)
+    for folder in (model, target):
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise OutputError(f"report {str(path)!r} lies in {str(folder)!r}; name a file elsewhere")
+
+
 def _check_writable(path: Path, model: Path, *others: Path) -> None:
     """See, before the work, that a file can be written and is none of those it is about."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise OutputError(f"{str(path)!r} cannot be written: it must be a file in an existing folder")
+    _check_place(path)
     api.refuse_overwriting(load(model), path)
     if path.resolve() in [other.resolve() for other in others]:
         raise OutputError(f"{str(path)!r} is named twice; two files are needed")
+
+
+def _check_place(path: Path) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        raise OutputError(f"{str(path)!r} cannot be written: it must be a file in an existing folder")
 
 
 def _write_report(path: Path | None, report: Report) -> None:
