@@ -11,7 +11,10 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -21,7 +24,10 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
 from .errors import OutputError
-from .source import Source, is_external, nbytes, stored_tensors
+from .source import Source, is_external, nbytes, release, stored_tensors
+
+if sys.platform != "win32":
+    import fcntl
 
 EMBED_UP_TO = 16 * 2**20
 """Bytes of weights that stay inside the model file."""
@@ -41,6 +47,7 @@ class WeightStore:
         self._path = data
         self._file = data.open("wb") if data else None
         self._digest = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1)
         self._size = 0
 
     def add(self, name: str, value: np.ndarray) -> TensorProto:
@@ -62,6 +69,7 @@ class WeightStore:
         """Put the data file in its place and let the model's tensors name it; None if there is none."""
         if self._file is None or self._path is None:
             return None
+        self._hasher.shutdown()
         _sync(self._file)
         self._file.close()
         if self._size == 0:
@@ -77,8 +85,10 @@ class WeightStore:
 
     def abandon(self) -> None:
         """Remove what was written."""
+        self._hasher.shutdown()
         if self._file and self._path:
-            self._file.close()
+            with suppress(OSError):  # what it still held finds no room either
+                self._file.close()
             self._path.unlink(missing_ok=True)
 
     def _put(self, tensor: TensorProto, data: memoryview) -> None:
@@ -93,6 +103,7 @@ class WeightStore:
             offset = self._size
             for start in range(0, len(data), _CHUNK):
                 self._write(data[start : start + _CHUNK])
+                release(data)
         except OSError as error:
             raise OutputError(f"weights cannot be written to {str(self._path)!r}: {error.strerror}") from error
         tensor.ClearField("raw_data")
@@ -100,13 +111,18 @@ class WeightStore:
 
     def _write(self, data: bytes | memoryview) -> None:
         assert self._file is not None
-        self._file.write(data)
-        self._digest.update(data)
+        hashed = self._hasher.submit(self._digest.update, data)  # takes as long as writing, which it need not wait for
+        try:
+            self._file.write(data)
+        finally:
+            hashed.result()
         self._size += len(data)
 
 
 class Output:
     """The place of a result. Leaving the block without `commit` leaves nothing behind.
+
+    What a process that was killed left behind, a folder ``.NAME.*.partial``, goes when the next result of that name is made.
 
     Raises:
         OutputError: the folder is missing or not writable, or the path is a folder.
@@ -122,10 +138,15 @@ class Output:
             raise OutputError(f"output {str(path)!r} is a folder; name a file")
         self._stem = path.name.removesuffix(".onnx")
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix=f".{self._stem}.", suffix=".partial", dir=folder))
+            _clear_leftovers(folder, self._stem)
+            self._folder, self._lock = _make_aside(folder, self._stem)
         except OSError as error:
             raise OutputError(f"output folder {str(folder)!r} cannot be written to: {error.strerror}") from error
-        self.store = WeightStore(self._folder / "weights" if external else None)
+        try:
+            self.store = WeightStore(self._folder / "weights" if external else None)
+        except OSError as error:
+            self._remove_aside()
+            raise OutputError(f"output {str(path)!r} cannot be written: {error.strerror}") from error
         self._data: Path | None = None
         self._model = self._folder / path.name
 
@@ -193,9 +214,12 @@ class Output:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.store.abandon()
-        for file in self._folder.iterdir():
-            file.unlink()
-        self._folder.rmdir()
+        self._remove_aside()
+
+    def _remove_aside(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
 
 
 def weight_bytes(proto: onnx.ModelProto) -> int:
@@ -213,6 +237,43 @@ def _locate(tensor: TensorProto, location: str, offset: int, length: int) -> Non
 
 def _location(tensor: TensorProto) -> str:
     return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+
+
+def _make_aside(folder: Path, stem: str) -> tuple[Path, int | None]:
+    """A new folder for what is not finished, and the lock that says somebody is at work there."""
+    while True:
+        made = Path(tempfile.mkdtemp(prefix=f".{stem}.", suffix=".partial", dir=folder))
+        lock = _lock(made, wait=True)
+        if made.is_dir():
+            return made, lock
+        if lock is not None:  # taken for a leftover in the instant before the lock
+            os.close(lock)
+
+
+def _clear_leftovers(folder: Path, stem: str) -> None:
+    """Remove what processes that are no more left of results of this name; a lock does not outlive its process."""
+    ours = re.compile(re.escape(f".{stem}.") + r"[a-z0-9_]{8}\.partial")
+    for left in [p for p in folder.iterdir() if ours.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]:
+        lock = _lock(left, wait=False)
+        if lock is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """A handle that keeps others from locking the folder; None if they do already, or it cannot be locked."""
+    if sys.platform == "win32":
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def _sync(file) -> None:  # type: ignore[no-untyped-def]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,6 +27,12 @@ _BITS = {
 }
 """Element types narrower than a byte."""
 
+_AT_ONCE = 2**18
+"""Bytes unpacked at a time: they stay in the cache."""
+
+_RELEASE_AFTER = 2**24
+"""Mapped bytes that are let go of together."""
+
 
 def type_name(data_type: int) -> str:
     """``TensorProto.INT4`` -> ``int4``; a number that no type has is named as such."""
@@ -42,6 +50,38 @@ def nbytes(tensor: TensorProto) -> int:
     if bits is None:
         bits = 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return int(-(-prod(tensor.dims) * bits // 8))
+
+
+def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of ``bits`` bits, low bits first, along the last axis."""
+    if bits == 8:
+        return packed
+    per_byte = 8 // bits
+    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * per_byte), np.uint8)
+    stored, words = packed.reshape(-1), codes.reshape(-1).view(f"<u{per_byte}")
+    mask = words.dtype.type(int.from_bytes(bytes([2**bits - 1]) * per_byte, "little"))
+    for start in range(0, len(stored), _AT_ONCE):
+        word = stored[start : start + _AT_ONCE].astype(words.dtype)
+        shift = 8 - bits
+        while shift < 4 * per_byte:  # a byte beside itself, each time one code further in its own
+            word |= word << words.dtype.type(shift)
+            shift *= 2
+        np.bitwise_and(word, mask, out=words[start : start + _AT_ONCE])
+        if start % _RELEASE_AFTER == 0:
+            release(packed)
+    return codes
+
+
+def release(values: np.ndarray | memoryview) -> None:
+    """Let go of the pages of a mapped file that were read; they are read again when they are needed.
+
+    Else a file's pages count as the process's memory as long as the array lives. Nothing happens to other arrays.
+    """
+    owner: Any = values
+    while owner is not None and not isinstance(owner, mmap.mmap):
+        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+    if owner is not None and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)
 
 
 def is_external(tensor: TensorProto) -> bool:
@@ -107,10 +147,11 @@ class Source:
                     raise ValueError(f"{len(tensor.raw_data)} bytes are stored, {nbytes(tensor)} are needed")
                 return np.asarray(numpy_helper.to_array(tensor))
             data = self.bytes_of(tensor)
+            dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
             if tensor.data_type in _BITS:
-                raw = TensorProto(dims=tensor.dims, data_type=tensor.data_type, raw_data=bytes(data))
-                return np.asarray(numpy_helper.to_array(raw))
-            return np.frombuffer(data, helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tensor.dims)
+                elements = unpacked(np.frombuffer(data, np.uint8), _BITS[tensor.data_type])[: prod(tensor.dims)]
+                return np.asarray(elements.view(dtype)).reshape(tensor.dims)
+            return np.frombuffer(data, dtype).reshape(tensor.dims)
         except (ValueError, TypeError, KeyError) as error:
             raise ModelError(
                 f"{self.name}: tensor {tensor.name!r} ({type_name(tensor.data_type)}{list(tensor.dims)}) "

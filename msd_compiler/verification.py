@@ -278,7 +278,7 @@ ROWS = 4
 _ANY_OPSET, _ANY_IR = 17, 8
 """A layer alone is one node, run by the native kernel: so it is verified where the runtime is too old for the model."""
 
-_COLUMNS_AT_ONCE = 2**22
+_CODES_AT_ONCE = 2**20
 
 
 def verify_sites(
@@ -345,27 +345,33 @@ def _site_error(
 
 
 def float64_product(x: np.ndarray, weight: LowBitWeight, alpha: float, bias: np.ndarray | None) -> np.ndarray:
-    """``alpha * x @ W + bias`` in float64, the weight dequantized some columns at a time.
+    """``alpha * x @ W + bias`` in float64, codes multiplied a part at a time, what each group gives scaled.
 
     A scale along K is left out: the rewritten graph applies it to x before the op.
     """
     data = weight.load()
-    block = weight.block_size or weight.k
-    y = np.empty((len(x), weight.n))
-    step = max(1, _COLUMNS_AT_ONCE // weight.k)
-    for start in range(0, weight.n, step):
-        columns = slice(start, start + step)
-        w = data.codes[:, columns].astype(np.float64) - _per_step(data.zero_points, columns, block, weight.k)
-        if data.offsets is not None:
-            w -= _per_step(data.offsets, columns, block, weight.k)
-        y[:, columns] = x.astype(np.float64) @ (w * _per_step(data.scales, columns, block, weight.k))
+    k, n, block = weight.k, weight.n, weight.block_size or weight.k
+    zeros = data.zero_points if data.offsets is None else data.zero_points + data.offsets.astype(np.float64)
+    x = x.astype(np.float64)
+    y = np.zeros((len(x), n))
+    by_column = data.codes.strides[0] < data.codes.strides[1]  # neighbours in memory are read together
+    width, depth = (max(1, _CODES_AT_ONCE // k), k) if by_column else (n, max(1, _CODES_AT_ONCE // n))
+    for start in range(0, n, width):
+        columns = slice(start, start + width)
+        for group, first in enumerate(range(0, k, block)):
+            end = min(first + block, k)
+            centred = x[:, first:end].sum(1, keepdims=True) * -_row_of(zeros, group, columns)
+            for at in range(first, end, depth):
+                steps = slice(at, min(at + depth, end))
+                centred = centred + x[:, steps] @ data.codes[steps, columns].astype(np.float64)
+            y[:, columns] += centred * _row_of(data.scales, group, columns)
     return alpha * y + (0 if bias is None else bias)
 
 
-def _per_step(values: np.ndarray, columns: slice, block: int, k: int) -> np.ndarray:
-    """Values per group and column as float64 per step of K (or one row for all)."""
-    cut = values if values.shape[1] == 1 else values[:, columns]
-    return (cut if len(cut) == 1 else np.repeat(cut, block, axis=0)[:k]).astype(np.float64)
+def _row_of(values: np.ndarray, group: int, columns: slice) -> np.ndarray:
+    """A group's values for some columns, or the one value for all of them."""
+    row: np.ndarray = values[group if len(values) > 1 else 0]
+    return (row if len(row) == 1 else row[columns]).astype(np.float64)
 
 
 def read_feed(path: Path) -> Feed:

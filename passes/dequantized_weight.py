@@ -15,7 +15,7 @@ from msd_compiler.linked import Linked, Scope
 from msd_compiler.source import Source, type_name
 from msd_compiler.weight_view import NotAligned, WeightView
 
-from .codes import CODE_BITS, FLOAT_TYPES, SIGNED, integers, shared
+from .codes import CODE_BITS, FLOAT_TYPES, SIGNED, integers, shared, unsigned
 
 MOST_EXPERTS = 1024
 """Matrices of one weight that become a product each."""
@@ -81,9 +81,9 @@ class DequantizedWeight(LowBitWeight):
 
     def load(self) -> WeightData:
         """See `LowBitWeight`."""
-        signed = self.codes.data_type in SIGNED
-        middle = 1 << (CODE_BITS[self.codes.data_type] - 1) if signed else 0
-        codes = self._matrix(self.view.arrange_codes(integers(self.source.array(self.codes))))[: self.k, : self.n]
+        bits, signed = CODE_BITS[self.codes.data_type], self.codes.data_type in SIGNED
+        middle = 1 << (bits - 1) if signed else 0
+        codes = self._matrix(self.view.arrange_codes(self.source.array(self.codes)))[: self.k, : self.n]
         scales = self._columns(self.source.array(self.scales).astype(np.float32))
         if self.zero_points is None:
             zero_points = np.zeros((1, 1), np.int16)
@@ -91,9 +91,9 @@ class DequantizedWeight(LowBitWeight):
             zero_points = integers(self.source.array(self.zero_points))
             zero_points = self._columns(zero_points) if zero_points.any() else np.zeros((1, 1), np.int16)
         if self._scales_are_inputs:
-            return self._scaled_inputs(codes, scales, zero_points, middle).checked(self._scales_are_in)
+            return self._scaled_inputs(integers(codes), scales, zero_points, middle).checked(self._scales_are_in)
         return WeightData(
-            (codes + middle).astype(np.uint8), scales, shared((zero_points + middle).astype(np.uint8))
+            unsigned(codes, bits, signed=signed), scales, shared((zero_points + middle).astype(np.uint8))
         ).checked(self._scales_are_in)
 
     def _scaled_inputs(self, codes: np.ndarray, scales: np.ndarray, zero_points: np.ndarray, middle: int) -> WeightData:

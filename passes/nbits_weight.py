@@ -12,9 +12,9 @@ from onnx import TensorProto
 from msd_compiler.errors import ModelError
 from msd_compiler.facts import LowBitWeight, ReasonCode, Reject, WeightData, describe_format
 from msd_compiler.linked import Linked, Scope
-from msd_compiler.source import Source, type_name
+from msd_compiler.source import Source, type_name, unpacked
 
-from .codes import FLOAT_TYPES, shared, unpacked
+from .codes import FLOAT_TYPES, shared
 
 
 @dataclass(frozen=True)

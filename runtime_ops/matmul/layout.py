@@ -39,6 +39,9 @@ QUAD = 4
 LONGEST_GROUP = 256
 """A sum of 256 products of a 16-bit code (at most 32258) and a weight (|w - z| <= 255) fits int32."""
 
+_AT_ONCE = 2**21
+"""Bytes that are packed at a time: they stay in the cache, and what is in memory beside the weight is little."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -99,18 +102,60 @@ def pack_codes(codes: np.ndarray, plan: Plan) -> np.ndarray:
     Returns:
         ``[tiles, groups, lines, 64]`` uint8.
     """
-    k, n = codes.shape
-    tiles, groups, lines, width = plan.packed_shape(n)
-    u = plan.codes_per_byte
-    padded = np.zeros((groups, lines * u * QUAD, tiles * TILE), np.uint8)
-    for g in range(groups):
-        rows = codes[g * plan.block_size : min(k, (g + 1) * plan.block_size)]
-        padded[g, : len(rows), :n] = rows
-    axes = padded.reshape(groups, lines, u, QUAD, tiles, TILE).transpose(2, 4, 0, 1, 5, 3)
-    packed = np.zeros((tiles, groups, lines, TILE, QUAD), np.uint8)
-    for position, part in enumerate(axes):
-        packed |= part << np.uint8(position * plan.bits)
-    return packed.reshape(tiles, groups, lines, width)
+    packed = np.empty(plan.packed_shape(codes.shape[1]), np.uint8)
+    if codes.strides[0] < codes.strides[1]:
+        _pack_columns_of_k(codes, plan, packed)
+    else:
+        _pack_rows_of_n(codes, plan, packed)
+    return packed
+
+
+def _pack_columns_of_k(codes: np.ndarray, plan: Plan, packed: np.ndarray) -> None:
+    """`pack_codes` where the K of a column are neighbours: each four are a word already; some tiles at a time."""
+    k = len(codes)
+    tiles, groups, lines, _ = packed.shape
+    whole, depth = k // plan.block_size, lines * plan.codes_per_byte * QUAD
+    step = max(1, _AT_ONCE // (TILE * groups * depth))
+    for first in range(0, tiles, step):
+        count = min(step, tiles - first)
+        columns = codes[:, first * TILE : (first + count) * TILE].T
+        blocks = columns[:, : whole * plan.block_size].reshape(len(columns), whole, plan.block_size)
+        padded = np.zeros((count * TILE, groups, depth), np.uint8)
+        padded[: len(columns), :whole, : plan.block_size] = blocks
+        if whole < groups:
+            padded[: len(columns), whole, : k - whole * plan.block_size] = columns[:, whole * plan.block_size :]
+        words = padded.view(np.uint32).reshape(count, TILE, groups * lines, plan.codes_per_byte)
+        joined = _joined(words, 3, plan.bits)
+        packed[first : first + count].view(np.uint32).reshape(count, -1, TILE)[...] = joined.transpose(0, 2, 1)
+
+
+def _pack_rows_of_n(codes: np.ndarray, plan: Plan, packed: np.ndarray) -> None:
+    """`pack_codes` where the columns of a K are neighbours: four rows interleaved, then lines put in place; some groups at a time."""
+    n = codes.shape[1]
+    tiles, groups, lines, width = packed.shape
+    depth = lines * plan.codes_per_byte * QUAD
+    placed = packed.reshape(tiles, groups, lines * width).view(f"V{width}")
+    step = max(1, _AT_ONCE // (depth * tiles * TILE))
+    for first in range(0, groups, step):
+        count = min(step, groups - first)
+        padded = np.zeros((count, depth, tiles * TILE), np.uint8)
+        for g in range(count):
+            rows = codes[(first + g) * plan.block_size : (first + g + 1) * plan.block_size]
+            padded[g, : len(rows), :n] = rows
+        joined = _joined(padded.reshape(count, lines, plan.codes_per_byte, QUAD, -1), 2, plan.bits)
+        quads = np.empty((count, lines, tiles * TILE, QUAD), np.uint8)
+        for i in range(QUAD):
+            quads[..., i] = joined[:, :, i]
+        placed[:, first : first + count] = quads.reshape(count, lines, -1).view(f"V{width}").transpose(2, 0, 1)
+
+
+def _joined(codes: np.ndarray, axis: int, bits: int) -> np.ndarray:
+    """The codes along an axis side by side in their bytes, the first in the lowest bits."""
+    joined: np.ndarray
+    joined, *others = np.moveaxis(codes, axis, 0)
+    for position, part in enumerate(others, 1):
+        joined = joined | part << codes.dtype.type(position * bits)
+    return joined
 
 
 def unpack_codes(packed: np.ndarray, n: int, plan: Plan) -> np.ndarray:
