@@ -9,6 +9,7 @@ __path__ = extend_path(__path__, __name__)
 
 from .api import Compiled, VerificationFailed, compile, inspect, run, verify
 from .errors import ModelError, MsdError, OptionError, OutputError
+from .quantize import Quantization
 from .report import Report
 from .runtime import library_path, register, session
 
@@ -18,6 +19,7 @@ __all__ = [
     "MsdError",
     "OptionError",
     "OutputError",
+    "Quantization",
     "Report",
     "VerificationFailed",
     "compile",

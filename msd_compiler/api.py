@@ -22,6 +22,8 @@ from .inputs import Feed, NoInputs
 from .linked import Linked
 from .passes import READERS, REFINERS
 from .passes.lower_linear import lower_linear, packed_bytes, plan_of
+from .quantize import Quantization
+from .quantize import quantize as round_weights
 from .reader import Site, find_sites
 from .report import METADATA_KEY, UNSUPPORTED, Outcome, Report, SiteRow, Verification, embedded_report, summarize
 from .runtime import RuntimeRefused, TimedOut, open_model, session
@@ -67,20 +69,24 @@ class Compiled:
     """Whether anything was rewritten; if not, the model is the source's copy."""
 
 
-def inspect(model: ModelLike, *, terms: int | None = None) -> Report:
+def inspect(model: ModelLike, *, terms: int | None = None, quantization: Quantization | None = None) -> Report:
     """What `compile` would do with a model, or, for a result of it, what it did.
 
     Raises:
         ModelError: the model cannot be read.
+        OptionError: the installed onnxruntime cannot round weights so.
     """
     source = load(model)
     known = embedded_report(source.proto)
     if known is not None:
         return known.model_copy(update={"source": str(source.path) if source.path else None})
+    source, rounded = _rounded(source, quantization, silent)
     linked = Linked.of(inlined(source))
     sites = find_sites(linked, READERS, REFINERS)
     choices = choose(linked, sites, terms)
-    return _report(source, [_row(source, site, c) for site, c in zip(sites, choices, strict=True)])
+    return _report(
+        source, [_row(source, site, c, rounded.get(site.name)) for site, c in zip(sites, choices, strict=True)]
+    )
 
 
 def compile(
@@ -88,6 +94,7 @@ def compile(
     output: str | os.PathLike[str] | None = None,
     *,
     terms: int | None = None,
+    quantization: Quantization | None = None,
     verify: bool = True,
     verify_seconds: float = DEFAULT_VERIFY_SECONDS,
     tolerance: float = DEFAULT_TOLERANCE,
@@ -102,6 +109,8 @@ def compile(
             file for the one model in it.
         terms: INT8 terms of the activation: 1 (8 bits), 2 (16 bits) or 3 (24 bits). None: 2, but 3 for layers whose
             result the model itself rounds to integers further on (an int8 cache).
+        quantization: how to round the weights of layers that are float, by onnxruntime's own quantizer; None: they stay
+            float. The oracle is then the rounded model; how far that is from the float one the report says beside it.
         verify: compare the result with the oracle.
         verify_seconds: time for that; what takes longer, or has more than 1 GB of weights, is verified layer by layer.
         tolerance: largest relative L2 distance of any output from the oracle.
@@ -117,14 +126,16 @@ def compile(
     if not tolerance > 0 or not verify_seconds > 0:
         raise OptionError(f"tolerance ({tolerance}) and verify seconds ({verify_seconds}) must be positive")
     if output is not None and not isinstance(model, onnx.ModelProto) and makes_folder(model, output):
-        options = {"terms": terms, "verify": verify, "verify_seconds": verify_seconds, "tolerance": tolerance}
+        options: dict[str, Any] = {"terms": terms, "quantization": quantization}
+        options |= {"verify": verify, "verify_seconds": verify_seconds, "tolerance": tolerance}
         return _compile_folder(Path(model), Path(output), options | {"progress": progress})
-    source = load(model)
+    source = given = load(model)
     target = None if output is None else _target(source, Path(output))
+    source, rounded = _rounded(source, quantization, progress)
     linked = Linked.of(inlined(source))
     sites = find_sites(linked, READERS, REFINERS)
     choices = choose(linked, sites, terms)
-    rows = [_row(source, site, choice) for site, choice in zip(sites, choices, strict=True)]
+    rows = [_row(source, site, choice, rounded.get(site.name)) for site, choice in zip(sites, choices, strict=True)]
     report = _report(source, rows)
     facts = [
         (site, site.found, choice)
@@ -137,12 +148,13 @@ def compile(
         report = report.model_copy(update={"result": str(target) if target else None})
         return Compiled(_copy(source, target), report, target, changed=False)
 
+    unrounded = given if rounded and weight_bytes(given.proto) <= WHOLE_UP_TO else None
     if target is None:
         store = WeightStore(None)
         edited, products = _rewrite(linked, facts, report, store, progress)
         store.adopt(edited, source)
         result = Source(edited, source.folder)
-        report = _verified(source, result, products, report, verify, verify_seconds, tolerance, progress)
+        report = _verified(source, result, products, report, verify, verify_seconds, tolerance, progress, unrounded)
         return Compiled(edited, report)
 
     packed = sum(packed_bytes(w, choice) for _, fact, choice in facts for w in fact.weights)
@@ -152,7 +164,7 @@ def compile(
         aside = out.write(edited)
         result = Source(edited, aside.parent)
         report = report.model_copy(update={"result": str(target)})
-        report = _verified(source, result, products, report, verify, verify_seconds, tolerance, progress)
+        report = _verified(source, result, products, report, verify, verify_seconds, tolerance, progress, unrounded)
         out.commit()
     return Compiled(edited, report, target)
 
@@ -223,7 +235,14 @@ def _compile_folder(folder: Path, target: Path, options: dict[str, Any]) -> Comp
     return Compiled(first.model, report, target, changed=any(one.changed for one in done.values()))
 
 
-def _row(source: Source, site: Site, choice: Choice) -> SiteRow:
+def _rounded(source: Source, how: Quantization | None, progress: Progress) -> tuple[Source, dict[str, str]]:
+    """The source with its float layers' weights rounded, and what was done by layer; as it is where none is rewritten."""
+    if how is None or 0 < source.opset < OLDEST_OPSET:
+        return source, {}
+    return round_weights(source, how, progress=progress)
+
+
+def _row(source: Source, site: Site, choice: Choice, rounded: str | None = None) -> SiteRow:
     found = site.found
     if isinstance(found, Reject):
         outcome = Outcome.UNSUPPORTED if found.code in UNSUPPORTED else Outcome.KEPT
@@ -252,11 +271,16 @@ def _row(source: Source, site: Site, choice: Choice) -> SiteRow:
         row.reason_code = ReasonCode.OPSET_TOO_OLD
         return row
     row.outcome = Outcome.REWRITTEN
+    reasons = []
+    if rounded is not None:
+        reasons.append(rounded)
+        row.reason_code = ReasonCode.WEIGHT_ROUNDED
     if choice.rounded_by is not None:
-        row.reason = (
+        reasons.append(
             f"three terms: {choice.rounded_by!r} further on rounds to integers, where a small error becomes a jump"
         )
         row.reason_code = ReasonCode.ROUNDED_DOWNSTREAM
+    row.reason = "; ".join(reasons) or None
     row.terms = choice.terms
     row.group = plan_of(weight, choice).block_size
     row.error_bound = 0.5 / LIMITS[choice.terms]
@@ -309,6 +333,7 @@ def _verified(
     seconds: float,
     tolerance: float,
     progress: Progress,
+    unrounded: Source | None = None,
 ) -> Report:
     if not wanted:
         return report
@@ -316,7 +341,9 @@ def _verified(
     note = "weights above 1 GB: every layer alone"
     if weight_bytes(source.proto) <= WHOLE_UP_TO:
         try:
-            verification = verify_whole(source, result, tolerance=tolerance, clock=Clock(seconds), progress=progress)
+            verification = verify_whole(
+                source, result, tolerance=tolerance, clock=Clock(seconds), progress=progress, unrounded=unrounded
+            )
         except TimedOut:
             note = f"the whole model takes more than {seconds:g} s: every layer alone"
         except NoInputs as error:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from . import api, genai, screen
 from .api import DEFAULT_TOLERANCE, DEFAULT_VERIFY_SECONDS, VerificationFailed
-from .errors import MsdError, OutputError
+from .errors import MsdError, OptionError, OutputError
+from .quantize import Quantization
 from .report import Report, embedded_report
 from .source import load
 from .verification import read_feed, silent
@@ -45,6 +47,20 @@ Terms = Annotated[
     ),
 ]
 Tolerance = Annotated[float, typer.Option(help="largest relative L2 of any output")]
+
+
+class Codes(StrEnum):
+    """What float weights can be rounded to."""
+
+    INT4 = "int4"
+    INT8 = "int8"
+
+
+Quantize = Annotated[
+    Codes | None, typer.Option(help="round the weights of float layers, by onnxruntime's own quantizer")
+]
+BlockSize = Annotated[int | None, typer.Option(help="with --quantize: steps of K that share a scale; default: 32")]
+Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="with --quantize: blocks have zero points")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="a row for every layer")]
 
 
@@ -56,6 +72,9 @@ def compile(
         typer.Option("--output", "-o", metavar="OUT", help="default: MODEL's stem + .msd.onnx; a GenAI folder's: -msd"),
     ] = None,
     terms: Terms = None,
+    quantize: Quantize = None,
+    block_size: BlockSize = None,
+    asymmetric: Asymmetric = False,
     report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the report there, too")] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="compare the result with the oracle")] = True,
     verify_seconds: Annotated[float, typer.Option(help="time for that; then layer by layer")] = DEFAULT_VERIFY_SECONDS,
@@ -69,6 +88,7 @@ def compile(
 
     Exit status 1: the result was further from the oracle than allowed and was not kept. 2: a mistake in the input.
     """
+    quantization = _quantization(quantize, block_size, asymmetric)
     with _progress(quiet=json_) as progress:
         target = output if output is not None else api.default_output(model)
         if report is not None:
@@ -78,6 +98,7 @@ def compile(
                 model,
                 target,
                 terms=terms,
+                quantization=quantization,
                 verify=verify,
                 verify_seconds=verify_seconds,
                 tolerance=tolerance,
@@ -101,9 +122,18 @@ def compile(
 
 
 @app.command(epilog="Example: msd inspect model.onnx --json")
-def inspect(model: Model, terms: Terms = None, verbose: Verbose = False, json_: Json = False) -> None:
+def inspect(
+    model: Model,
+    terms: Terms = None,
+    quantize: Quantize = None,
+    block_size: BlockSize = None,
+    asymmetric: Asymmetric = False,
+    verbose: Verbose = False,
+    json_: Json = False,
+) -> None:
     """Show a model's linear layers: formats, sizes, what compile would do, and why not; of a result, what it did."""
-    _show(api.inspect(model, terms=terms), json_, verbose)
+    quantization = _quantization(quantize, block_size, asymmetric)
+    _show(api.inspect(model, terms=terms, quantization=quantization), json_, verbose)
 
 
 @app.command(epilog="Example: msd verify model.onnx model.msd.onnx --inputs prompt.npz")
@@ -211,6 +241,14 @@ def _show(report: Report, as_json: bool, verbose: bool) -> None:
         print(report.json_text(), end="")
     else:
         screen.print_report(_console(), report, verbose=verbose)
+
+
+def _quantization(codes: Codes | None, block_size: int | None, asymmetric: bool) -> Quantization | None:
+    if codes is None:
+        if block_size is not None or asymmetric:
+            raise OptionError("--block-size and --asymmetric say how to --quantize: int4 or int8")
+        return None
+    return Quantization(4 if codes is Codes.INT4 else 8, 32 if block_size is None else block_size, not asymmetric)
 
 
 def _check_report(path: Path, model: Path, target: Path) -> None:

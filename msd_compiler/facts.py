@@ -37,6 +37,8 @@ class ReasonCode(StrEnum):
     """The rewrite depends on the activation's rank, which the file does not tell."""
     ROUNDED_DOWNSTREAM = "rounded_downstream"
     """Rewritten, with three terms: the model rounds to integers what this layer has a part in."""
+    WEIGHT_ROUNDED = "weight_rounded"
+    """Rewritten, after its float weight was rounded to codes as asked."""
     COLUMN_ORDER = "column_order"
     """The columns of K are assigned to groups out of order (``g_idx``)."""
     FUSED_OP = "fused_op"

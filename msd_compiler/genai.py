@@ -21,7 +21,7 @@ from typing import Any
 from .errors import ModelError, OutputError
 from .report import Method, Report, SiteRow, Verification, summarize
 from .runtime import library_path
-from .save import _sync, _sync_folder
+from .save import sync, sync_folder
 from .source import load
 
 CONFIG = "genai_config.json"
@@ -128,7 +128,7 @@ class FolderOutput:
             if self._place.exists():
                 self._place.rename(self._old)
             self._aside.rename(self._place)
-            _sync_folder(self._place.parent)
+            sync_folder(self._place.parent)
         except OSError as error:
             raise self._refused(error) from error
 
@@ -150,8 +150,8 @@ class FolderOutput:
             text = self._source.config_with_library(library.name)
         with (self._aside / CONFIG).open("wb") as file:
             file.write(text.encode())
-            _sync(file)
-        _sync_folder(self._aside)
+            sync(file)
+        sync_folder(self._aside)
 
     def __enter__(self) -> FolderOutput:
         return self
@@ -352,4 +352,4 @@ def _library() -> Path:
 def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
     with target.open("rb+") as file:
-        _sync(file)
+        sync(file)

@@ -108,6 +108,9 @@ class OutputRow(_Row):
     source_relative_l2: float | None = Field(
         None, description="the source's own distance with optimizations off: float16's rounding, 0 for float32"
     )
+    rounding_relative_l2: float | None = Field(
+        None, description="the oracle against the float model that was to be quantized: what rounding its weights did"
+    )
     baseline_relative_l2: float | None = Field(None, description="the source in a default session")
     baseline_max_abs: float | None = None
     portable_relative_l2: float | None = Field(None, description="the result without the native library")

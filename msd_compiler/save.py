@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 import onnx
@@ -70,7 +71,7 @@ class WeightStore:
         if self._file is None or self._path is None:
             return None
         self._hasher.shutdown()
-        _sync(self._file)
+        sync(self._file)
         self._file.close()
         if self._size == 0:
             self._path.unlink()
@@ -157,7 +158,7 @@ class Output:
             self._data = self.store.close(proto, self._folder, self._stem)
             with self._model.open("wb") as file:
                 file.write(proto.SerializeToString(deterministic=True))
-                _sync(file)
+                sync(file)
         except OSError as error:
             raise OutputError(f"output {str(self.path)!r} cannot be written: {error.strerror}") from error
         except ValueError as error:
@@ -169,7 +170,7 @@ class Output:
         try:
             shutil.copyfile(model, self._model)
             with self._model.open("rb+") as file:
-                _sync(file)
+                sync(file)
         except OSError as error:
             raise OutputError(f"output {str(self.path)!r} cannot be written: {error.strerror}") from error
         return self._model
@@ -183,9 +184,9 @@ class Output:
         try:
             if self._data and data:
                 self._data.replace(data)
-                _sync_folder(folder)
+                sync_folder(folder)
             self._model.replace(self.path)
-            _sync_folder(folder)
+            sync_folder(folder)
         except OSError as error:
             if data and is_new:
                 data.unlink(missing_ok=True)
@@ -276,12 +277,13 @@ def _lock(folder: Path, *, wait: bool) -> int | None:
     return handle
 
 
-def _sync(file) -> None:  # type: ignore[no-untyped-def]
+def sync(file: IO[bytes]) -> None:
+    """Wait until an open file's content is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename last; not every system lets a folder be opened."""
     try:
         handle = os.open(folder, os.O_RDONLY)

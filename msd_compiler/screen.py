@@ -32,6 +32,9 @@ def verification_view(verification: Verification) -> RenderableType:
     if verification.method is Method.WHOLE:
         parts.append(_outputs_table(verification.outputs))
         parts += [Text(line) for line in _argmax_lines(verification.outputs)]
+        moved = [o.rounding_relative_l2 for o in verification.outputs if o.rounding_relative_l2 is not None]
+        if moved:
+            parts.append(Text(f"rounding the weights moved the outputs by up to {max(moved):.2e} (not counted above)"))
         times = _times(verification)
         if times:
             parts.append(Text(times))

@@ -87,6 +87,7 @@ def verify_whole(
     clock: Clock | None = None,
     progress: Progress = silent,
     seed: int = 0,
+    unrounded: Source | None = None,
 ) -> Verification:
     """Run source and result on the same inputs and compare both with the oracle.
 
@@ -96,6 +97,7 @@ def verify_whole(
     Args:
         feeds: inputs; None: made from the source's signature.
         runs: times that each is run for its median time, interleaved.
+        unrounded: the float model that the source was rounded from: its distance from the oracle stands beside the rows.
         tolerance: largest relative L2 of any output; for a half-precision source, if that is more, twice its own distance.
 
     Raises:
@@ -108,6 +110,7 @@ def verify_whole(
     half = half_precision(source.proto)
     names, feeds, expected = _oracle_outputs(source, feeds, clock, seed)
     own = _own_outputs(source, feeds, clock) if half else None
+    exact = _oracle_outputs(unrounded, feeds, clock, seed)[2] if unrounded else None
     progress("verifying", 1, 4)
 
     native = _open(result, "the result")
@@ -132,6 +135,7 @@ def verify_whole(
                     portable=without[i][j],
                     baseline=today[i][j] if today else None,
                     source=own[i][j] if own else None,
+                    unrounded=exact[i][j] if exact else None,
                     half=half,
                     tolerance=tolerance,
                 )
@@ -207,6 +211,7 @@ def _row(
     portable: np.ndarray,
     baseline: np.ndarray | None,
     source: np.ndarray | None,
+    unrounded: np.ndarray | None,
     half: int | None,
     tolerance: float,
 ) -> OutputRow:
@@ -224,6 +229,7 @@ def _row(
         max_abs=max_abs(result, oracle),
         tolerance=tolerance,
         source_relative_l2=own,
+        rounding_relative_l2=None if unrounded is None else relative_l2(oracle, unrounded),
         baseline_relative_l2=None if baseline is None else relative_l2(baseline, oracle),
         baseline_max_abs=None if baseline is None else max_abs(baseline, oracle),
         portable_relative_l2=relative_l2(portable, oracle),
