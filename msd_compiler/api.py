@@ -81,12 +81,7 @@ def inspect(model: ModelLike, *, terms: int | None = None, quantization: Quantiz
     if known is not None:
         return known.model_copy(update={"source": str(source.path) if source.path else None})
     source, rounded = _rounded(source, quantization, silent)
-    linked = Linked.of(inlined(source))
-    sites = find_sites(linked, READERS, REFINERS)
-    choices = choose(linked, sites, terms)
-    return _report(
-        source, [_row(source, site, c, rounded.get(site.name)) for site, c in zip(sites, choices, strict=True)]
-    )
+    return _report(source, [row for _, _, row in _decisions(Linked.of(inlined(source)), terms, rounded)])
 
 
 def compile(
@@ -133,19 +128,17 @@ def compile(
     target = None if output is None else _target(source, Path(output))
     source, rounded = _rounded(source, quantization, progress)
     linked = Linked.of(inlined(source))
-    sites = find_sites(linked, READERS, REFINERS)
-    choices = choose(linked, sites, terms)
-    rows = [_row(source, site, choice, rounded.get(site.name)) for site, choice in zip(sites, choices, strict=True)]
-    report = _report(source, rows)
+    decisions = _decisions(linked, terms, rounded)
+    report = _report(source, [row for _, _, row in decisions])
     facts = [
         (site, site.found, choice)
-        for site, row, choice in zip(sites, rows, choices, strict=True)
+        for site, choice, row in decisions
         if row.outcome is Outcome.REWRITTEN and isinstance(site.found, QuantizedLinear)
     ]
     if not facts:
         report = embedded_report(source.proto) or report  # a result says what was done to it
-        report = report.model_copy(update={"source": str(source.path) if source.path else None})
-        report = report.model_copy(update={"result": str(target) if target else None})
+        where = {"source": str(source.path) if source.path else None, "result": str(target) if target else None}
+        report = report.model_copy(update=where)
         return Compiled(_copy(source, target), report, target, changed=False)
 
     unrounded = given if rounded and weight_bytes(given.proto) <= WHOLE_UP_TO else None
@@ -242,6 +235,16 @@ def _rounded(source: Source, how: Quantization | None, progress: Progress) -> tu
     return round_weights(source, how, progress=progress)
 
 
+def _decisions(linked: Linked, terms: int | None, rounded: Mapping[str, str]) -> list[tuple[Site, Choice, SiteRow]]:
+    """Every linear layer, how it would be computed, and what the report says of it."""
+    sites = find_sites(linked, READERS, REFINERS)
+    choices = choose(linked, sites, terms)
+    return [
+        (site, choice, _row(linked.source, site, choice, rounded.get(site.name)))
+        for site, choice in zip(sites, choices, strict=True)
+    ]
+
+
 def _row(source: Source, site: Site, choice: Choice, rounded: str | None = None) -> SiteRow:
     found = site.found
     if isinstance(found, Reject):
@@ -312,7 +315,7 @@ def _rewrite(
             edit.declare(fact.scope, fact.y.name, fact.element_type, shape)
         ours = [node for node in nodes if node.domain == "msd"]
         products += [
-            RewrittenProduct(site.name, node, weight, fact.alpha, fact.bias, fact.element_type)
+            RewrittenProduct(site.name, node, weight, fact.alpha, fact.bias)
             for node, weight in zip(ours, fact.weights, strict=True)
         ]
     progress("packing weights", len(facts), len(facts))

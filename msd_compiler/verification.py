@@ -275,7 +275,6 @@ class RewrittenProduct:
     weight: LowBitWeight
     alpha: float
     bias: np.ndarray | None
-    element_type: int
 
 
 ROWS = 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typing
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -35,6 +37,22 @@ def _form(m: Match) -> str:
 
 def _known(weight: DequantizedWeight) -> dict[str, int | str]:
     return {"k": weight.k, "n": weight.n, "format": weight.format}
+
+
+def _linear(m: Match, weights: tuple[DequantizedWeight, ...], element_type: int, **more: typing.Any) -> QuantizedLinear:
+    """The fact for a matched product; ``more`` is what MatMul and Gemm do differently."""
+    node = m.op("product")
+    return QuantizedLinear(
+        scope=m.scope,
+        product=node,
+        replaced=(node,),
+        form=_form(m),
+        x=m.tensor("x"),
+        y=node.outputs[0],
+        weights=weights,
+        element_type=element_type,
+        **more,
+    )
 
 
 class ReadDequantizedMatMul(Reader):
@@ -74,15 +92,10 @@ class ReadDequantizedMatMul(Reader):
         turned = on_the_left and x_rank != 1  # a vector is row and column alike
         if len(weights) > 1:
             self._check_experts(x, shape, batch, weight)
-        return QuantizedLinear(
-            scope=m.scope,
-            product=node,
-            replaced=(node,),
-            form=_form(m),
-            x=x,
-            y=node.outputs[0],
-            weights=weights,
-            element_type=element_type,
+        return _linear(
+            m,
+            weights,
+            element_type,
             swapped=(turned, turned),
             x_shape=None if shape is None else tuple(shape),
             y_rank=y_rank,
@@ -131,15 +144,10 @@ class ReadDequantizedGemm(Reader):
         bias: np.ndarray | None = None
         if c is not None and not on_the_left:
             bias = row_vector(c, m.scope, linked, weight.n)
-        return QuantizedLinear(
-            scope=m.scope,
-            product=node,
-            replaced=(node,),
-            form=_form(m),
-            x=x,
-            y=node.outputs[0],
-            weights=weights,
-            element_type=element_type,
+        return _linear(
+            m,
+            weights,
+            element_type,
             alpha=float(node.attrs.get("alpha", 1.0)),
             bias=None if bias is None else (bias * np.float32(beta)),
             addend=c if bias is None else None,

@@ -1,0 +1,19 @@
+"""Signature, function body and NumPy meaning name the same inputs, in the same order."""
+
+from __future__ import annotations
+
+import inspect
+
+from msd_compiler.runtime_ops.matmul import reference, schema
+from msd_compiler.runtime_ops.matmul.body import OLDEST_OPSET, matmul_body
+
+
+def test_schema_and_body_and_reference_agree():
+    body = matmul_body(OLDEST_OPSET)
+    names = [parameter.name for parameter in schema.SCHEMA.inputs]
+    assert names == list(body.input)
+    assert [name.lower() for name in names] == list(inspect.signature(reference.matmul).parameters)
+    assert [parameter.name for parameter in schema.SCHEMA.outputs] == list(body.output)
+    assert sorted(schema.SCHEMA.attributes) == sorted(body.attribute)
+    assert (schema.SCHEMA.domain, schema.SCHEMA.name) == (body.domain, body.name)
+    assert schema.SCHEMA.since_version == schema.VERSION
