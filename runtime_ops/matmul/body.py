@@ -11,8 +11,6 @@ Choices that are not obvious:
   CPU and fast on most;
 * the terms are stacked as rows [T * M, B] of one product, which the runtime tiles better than T small ones;
 * ``Scan`` over the K-groups: one batched product would hold G x M x N partial sums;
-* B is unpacked with long inner runs, the codes of a byte outermost and the quads turned before the tiles: the runtime folds
-  that when a session starts, and a broadcast or transpose of single bytes is twenty times slower;
 * ``Div(limit, peak)`` then ``Mul``: onnxruntime keeps its bits, where it turns ``Div(1, scale)`` then
   ``Mul`` into another division;
 * the last op makes Y itself and is no ``Cast`` that the runtime drops: so Y keeps the shape that the model declares for it,
@@ -30,8 +28,8 @@ from functools import cache
 import onnx
 from onnx import parser
 
-OLDEST_OPSET = 11
-"""Below it the body's ops (``Round``, ``BitShift``, ``Range``) do not exist."""
+from ..spelling import Reductions, reshape_with_zeros
+from .weight_body import GROUPS, OLDEST_OPSET, WEIGHT
 
 
 @dataclass(frozen=True)
@@ -69,33 +67,7 @@ _FLOAT64 = _Arithmetic(
 )
 
 
-class _Reductions:
-    """ReduceMax and ReduceSum over one axis in the form of an opset."""
-
-    def __init__(self, opset: int):
-        self.opset = opset
-
-    def __call__(self, y: str, op: str, x: str, axis: int, keep: int = 1) -> str:
-        axes_are_an_input_from = {"ReduceSum": 13, "ReduceMax": 18}[op]
-        if self.opset < axes_are_an_input_from:
-            return f"{y} = {op} <axes = [{axis}], keepdims = {keep}> ({x})"
-        return f"{y}_axes = Constant <value = int64[1] {{{axis}}}> ()\n{y} = {op} <keepdims = {keep}> ({x}, {y}_axes)"
-
-
-def _reshape_with_zeros(opset: int, y: str, x: str, shape: str) -> str:
-    """``Reshape`` to a shape in which 0 means zero.
-
-    An attribute says so from opset 14 on. Before, -1 stands for the one empty dimension, being what is left over: nothing.
-    """
-    if opset >= 14:
-        return f"{y} = Reshape <allowzero = 1> ({x}, {shape})"
-    return f"""
-    is_empty = Equal ({shape}, at_0)
-    {shape}_or_rest = Where (is_empty, minus_one, {shape})
-    {y} = Reshape ({x}, {shape}_or_rest)"""
-
-
-def _branch(a: _Arithmetic, reduce: _Reductions) -> str:
+def _branch(a: _Arithmetic, reduce: Reductions) -> str:
     """Decompose the grouped activation and multiply it with the unpacked weight, group by group."""
     return f"""
     half = Constant <value = uint8 {{128}}> ()
@@ -172,88 +144,22 @@ def matmul_body(opset: int) -> onnx.FunctionProto:
     """
     if opset < OLDEST_OPSET:
         raise ValueError(f"msd.MatMul has a body from opset {OLDEST_OPSET} on, got {opset}")
-    reduce = _Reductions(opset)
-    constants = "\n".join(f"at_{i} = Constant <value = int64[1] {{{i}}}> ()" for i in range(6))
+    reduce = Reductions(opset)
     text = f"""
 <domain: "msd", opset_import: ["" : {opset}]>
 MatMul <layout, output_dtype> (A, B, scales, zero_points, offsets, bias, plan) => (Y) {{
-    {constants}
-    minus_one = Constant <value = int64[1] {{-1}}> ()
-    end = Constant <value = int64[1] {{9223372036854775807}}> ()
-    k = Slice (plan, at_0, at_1)
-    bits = Slice (plan, at_1, at_2)
-    block = Slice (plan, at_2, at_3)
+    {WEIGHT}
     terms = Slice (plan, at_3, at_4)
     per_row = Slice (plan, at_4, at_5)
-    n = Shape (bias)
-    b_shape = Shape (B)
-    tiles = Slice (b_shape, at_0, at_1)
-    groups = Slice (b_shape, at_1, at_2)
-
-    scalar = Constant <value = int64[1] {{0}}> ()
-    eight = Constant <value = int64 {{8}}> ()
-    none = Constant <value = int64 {{0}}> ()
-    no_dim = Constant <value = int64[0] {{}}> ()
-    bits_scalar = Reshape (bits, no_dim)
-    right_shifts = Range (none, eight, bits_scalar)
-    spare = Sub (eight, bits)
-    left_shifts = Sub (spare, right_shifts)
-    left = Cast <to = 2> (left_shifts)
-    right = Cast <to = 2> (spare)
-    outermost = Constant <value = int64[5] {{-1, 1, 1, 1, 1}}> ()
-    left_outermost = Reshape (left, outermost)
-    bytes_shape = Concat <axis = 0> (at_1, b_shape)
-    b_bytes = Reshape (B, bytes_shape)
-    b_left = BitShift <direction = "LEFT"> (b_bytes, left_outermost)
-    b_codes = BitShift <direction = "RIGHT"> (b_left, right)
-    quad_shape = Constant <value = int64[6] {{0, 0, 0, 0, 16, 4}}> ()
-    b_quads = Reshape (b_codes, quad_shape)
-    b_by_step = Transpose <perm = [0, 1, 2, 3, 5, 4]> (b_quads)
-    b_ordered = Transpose <perm = [2, 3, 0, 4, 1, 5]> (b_by_step)
-    sixteen = Constant <value = int64[1] {{16}}> ()
-    n_padded = Mul (tiles, sixteen)
-    w_shape = Concat <axis = 0> (groups, minus_one, n_padded)
-    w_padded = Reshape (b_ordered, w_shape)
-    w_starts = Concat <axis = 0> (at_0, at_0)
-    w_ends = Concat <axis = 0> (block, n)
-    w_axes = Concat <axis = 0> (at_1, at_2)
-    w_GBN = Slice (w_padded, w_starts, w_ends, w_axes)
-
-    middle_shape = Constant <value = int64[3] {{0, 1, -1}}> ()
-    columns_shape = Constant <value = int64[2] {{0, -1}}> ()
-    per_column = Concat <axis = 0> (groups, at_1, n)
-    zero_points_shape = Concat <axis = 0> (groups, n)
-    scales_t = Transpose <perm = [1, 0, 2]> (scales)
-    scales_2d = Reshape (scales_t, columns_shape)
-    scales_cut = Slice (scales_2d, at_0, n, at_1)
-    scales_3d = Reshape (scales_cut, middle_shape)
-    zero_points_t = Transpose <perm = [1, 0, 2]> (zero_points)
-    zero_points_2d = Reshape (zero_points_t, columns_shape)
-    zero_points_cut = Slice (zero_points_2d, at_0, n, at_1)
-    zero_points_GN = Expand (zero_points_cut, zero_points_shape)
-    offsets_t = Transpose <perm = [1, 0, 2]> (offsets)
-    offsets_2d = Reshape (offsets_t, columns_shape)
-    offsets_cut = Slice (offsets_2d, at_0, n, at_1)
-    offsets_3d = Reshape (offsets_cut, middle_shape)
-    scales_float = Expand (scales_3d, per_column)
-    offsets_float = Expand (offsets_3d, per_column)
+    end = Constant <value = int64[1] {{9223372036854775807}}> ()
     bias_float = Identity (bias)
     scales_wide = Cast <to = 11> (scales_3d)
     offsets_wide = Cast <to = 11> (offsets_3d)
     scales_double = Expand (scales_wide, per_column)
     offsets_double = Expand (offsets_wide, per_column)
     bias_double = Cast <to = 11> (bias)
-
     x = Cast <to = 1> (A)
-    rows_shape = Concat <axis = 0> (minus_one, k)
-    x_rows = Reshape (x, rows_shape)
-    k_padded = Mul (groups, block)
-    k_tail = Sub (k_padded, k)
-    pads = Concat <axis = 0> (at_0, at_0, at_0, k_tail)
-    x_padded = Pad (x_rows, pads)
-    groups_shape = Concat <axis = 0> (minus_one, groups, block)
-    x_groups = Reshape (x_padded, groups_shape)
-
+    {GROUPS}
     zero_f = Constant <value = float {{0}}> ()
     one_f = Constant <value = float {{1}}> ()
     tiny = Constant <value = float {{7.888609052210118e-31}}> ()
@@ -289,7 +195,7 @@ MatMul <layout, output_dtype> (A, B, scales, zero_points, offsets, bias, plan) =
     leading = Slice (a_shape, at_0, minus_one)
     y_shape = Concat <axis = 0> (leading, n)
     y_typed = Cast <to : int = @output_dtype> (y_rows)
-    {_reshape_with_zeros(opset, "Y", "y_typed", "y_shape")}
+    {reshape_with_zeros(opset, "Y", "y_typed", "y_shape")}
 }}
 """
     return parser.parse_function(text)

@@ -44,12 +44,8 @@ _AT_ONCE = 2**21
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What ``msd.MatMul`` needs to know and cannot read off its inputs' shapes: the input ``plan``, int64[5].
-
-    It is an input and not a set of attributes because at opset 11 no attribute can become a tensor, and the
-    function body must run there.
-    """
+class Storage:
+    """How a weight is stored: the first three numbers of every plan."""
 
     k: int
     """Length of the reduction, the last dimension of A."""
@@ -57,10 +53,6 @@ class Plan:
     """2, 4 or 8 per weight code."""
     block_size: int
     """K-steps per group, 1 to `LONGEST_GROUP`; the last group may be shorter."""
-    terms: int
-    """INT8 terms of the activation, 1 to 3."""
-    per_row: bool
-    """One activation scale for the whole row instead of one per row and group."""
 
     @property
     def groups(self) -> int:
@@ -81,6 +73,20 @@ class Plan:
         """Shape of ``B`` for ``n`` output columns."""
         return (-(-n // TILE), self.groups, self.lines, TILE * QUAD)
 
+
+@dataclass(frozen=True)
+class Plan(Storage):
+    """What ``msd.MatMul`` needs to know and cannot read off its inputs' shapes: the input ``plan``, int64[5].
+
+    It is an input and not a set of attributes because at opset 11 no attribute can become a tensor, and the
+    function body must run there.
+    """
+
+    terms: int
+    """INT8 terms of the activation, 1 to 3."""
+    per_row: bool
+    """One activation scale for the whole row instead of one per row and group."""
+
     def tensor(self) -> np.ndarray:
         """The input ``plan``."""
         return np.array([self.k, self.bits, self.block_size, self.terms, self.per_row], np.int64)
@@ -92,8 +98,8 @@ class Plan:
         return cls(k, bits, block_size, terms, bool(per_row))
 
 
-def pack_codes(codes: np.ndarray, plan: Plan) -> np.ndarray:
-    """Arrange weight codes as the op reads them.
+def pack_codes(codes: np.ndarray, plan: Storage) -> np.ndarray:
+    """Arrange weight codes as the ops read them.
 
     Args:
         codes: ``[K, N]`` uint8 in ``[0, 2**bits)``.
@@ -110,7 +116,7 @@ def pack_codes(codes: np.ndarray, plan: Plan) -> np.ndarray:
     return packed
 
 
-def _pack_columns_of_k(codes: np.ndarray, plan: Plan, packed: np.ndarray) -> None:
+def _pack_columns_of_k(codes: np.ndarray, plan: Storage, packed: np.ndarray) -> None:
     """`pack_codes` where the K of a column are neighbours: each four are a word already; some tiles at a time."""
     k = len(codes)
     tiles, groups, lines, _ = packed.shape
@@ -129,7 +135,7 @@ def _pack_columns_of_k(codes: np.ndarray, plan: Plan, packed: np.ndarray) -> Non
         packed[first : first + count].view(np.uint32).reshape(count, -1, TILE)[...] = joined.transpose(0, 2, 1)
 
 
-def _pack_rows_of_n(codes: np.ndarray, plan: Plan, packed: np.ndarray) -> None:
+def _pack_rows_of_n(codes: np.ndarray, plan: Storage, packed: np.ndarray) -> None:
     """`pack_codes` where the columns of a K are neighbours: four rows interleaved, then lines put in place; some groups at a time."""
     n = codes.shape[1]
     tiles, groups, lines, width = packed.shape
@@ -158,7 +164,7 @@ def _joined(codes: np.ndarray, axis: int, bits: int) -> np.ndarray:
     return joined
 
 
-def unpack_codes(packed: np.ndarray, n: int, plan: Plan) -> np.ndarray:
+def unpack_codes(packed: np.ndarray, n: int, plan: Storage) -> np.ndarray:
     """The inverse of `pack_codes`: ``[K, n]`` uint8."""
     tiles, groups, lines, _ = packed.shape
     u = plan.codes_per_byte

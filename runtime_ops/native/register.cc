@@ -24,7 +24,9 @@ OrtCustomOpDomain* domain_of(const OrtApi* api) {
   }
   OrtCustomOpDomain* domain = nullptr;
   check(ort::CreateCustomOpDomain::call(api, "msd", &domain));
-  for (const OrtCustomOp* op : matmul_ops(api)) check(ort::CustomOpDomainAdd::call(api, domain, op));
+  for (const auto ops : {matmul_ops, matmul_integer_to_float_ops}) {
+    for (const OrtCustomOp* op : ops(api)) check(ort::CustomOpDomainAdd::call(api, domain, op));
+  }
   first = new Registered{api, domain, first};
   return domain;
 }

@@ -143,17 +143,17 @@ def open_model(dtype: np.dtype, **attributes: object) -> onnx.ModelProto:
 @pytest.fixture(scope="session")
 def library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(library_path()))
-    library.msd_matmul_variants.restype = ctypes.c_char_p
+    library.msd_isa_names.restype = ctypes.c_char_p
     return library
 
 
 @pytest.fixture(params=["avx2", "scalar"])
 def variant(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Iterator[str]:
     """Runs the test with each native kernel of this machine."""
-    if library.msd_matmul_select(request.param.encode()) == 0:
+    if library.msd_select_isa(request.param.encode()) == 0:
         pytest.skip(f"this machine does not run {request.param}")
     yield request.param
-    library.msd_matmul_select(b"")
+    library.msd_select_isa(b"")
 
 
 @pytest.fixture(scope="session")

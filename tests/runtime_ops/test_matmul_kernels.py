@@ -152,12 +152,12 @@ def test_the_same_row_has_the_same_bits(native, helpers, library, terms):
     site = helpers.make_site(1000, 200, bits=4, block_size=64, terms=terms, columns="group")
     a = activation(300, 1000)
     expected = site.reference(a)
-    for name in library.msd_matmul_variants().decode().split():
-        library.msd_matmul_select(name.encode())
+    for name in library.msd_isa_names().decode().split():
+        library.msd_select_isa(name.encode())
         for threads in (1, 2):
             for rows in (1, 7, 128, 300):
                 assert_same_bits(native(a[:rows], site, threads), expected[:rows])
-    library.msd_matmul_select(b"")
+    library.msd_select_isa(b"")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,14 @@
 
 namespace msd {
 
-enum class Isa { kScalar, kAvx2 };
+enum class Isa { kScalar, kAvx2 };  // a later one is better
+
+struct IsaName {
+  Isa isa;
+  const char* name;
+};
+
+inline constexpr IsaName kIsaNames[] = {{Isa::kAvx2, "avx2"}, {Isa::kScalar, "scalar"}};  // best first
 
 // True if the processor has the instruction set and the operating system saves its registers.
 bool machine_has(Isa isa);
@@ -15,7 +22,6 @@ bool machine_has(Isa isa);
 // One row of a kernel's table. Tables are ordered fastest first; the last row runs everywhere.
 template <typename Kernel>
 struct Variant {
-  const char* name;
   Isa isa;
   Kernel kernel;
 };

@@ -87,4 +87,19 @@ std::string node_name(const OrtApi* api, const OrtKernelInfo* info) {
   return name;
 }
 
+void set_defaults(OrtCustomOp& op) {
+  op.version = ort::kApiVersion;
+  op.GetExecutionProviderType = [](const OrtCustomOp*) { return static_cast<const char*>(nullptr); };  // the CPU
+  op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t{1}; };
+  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return ort::kRequired; };
+  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return ort::kRequired; };
+  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return ort::kDefaultMemory; };
+  op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
+  op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
+  op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
+  op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
+  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
+  op.GetEndVersion = [](const OrtCustomOp*) { return INT32_MAX; };
+}
+
 }  // namespace msd

@@ -89,7 +89,41 @@ void parallel_for(const OrtApi* api, const OrtKernelContext* context, size_t cou
                                             const_cast<void*>(static_cast<const void*>(&work))));
 }
 
-// The OrtCustomOps of msd.MatMul, one per element type, for a runtime. They live as long as the process.
+// Fills in what all ops have alike: every input and output required, on the CPU, versions 1 and up.
+void set_defaults(OrtCustomOp& op);
+
+// Runs an op's compute; what it refuses is said with the node's name, `who`, before it.
+template <typename Work>
+OrtStatus* computed(const OrtApi* api, const std::string& who, const Work& work) noexcept {
+  return guarded(api, [&] {
+    try {
+      work();
+    } catch (const Refused& refused) {
+      throw Refused{who + ": " + refused.text};
+    }
+  });
+}
+
+// Reads the inputs of a running node. Throws Refused unless there are `count`, each of the type that `type_of(i)` says.
+template <typename TypeOf>
+void read_inputs(const OrtApi* api, const OrtKernelContext* context, const char* const* names, size_t count,
+                 const TypeOf& type_of, Tensor* inputs) {
+  size_t found = 0;
+  check(ort::KernelContextGetInputCount::call(api, context, &found));
+  if (found != count) {
+    throw Refused{"the node has " + std::to_string(found) + " inputs, needed " + std::to_string(count)};
+  }
+  for (size_t i = 0; i < count; ++i) {
+    inputs[i] = read_input(api, context, i, names[i]);
+    if (inputs[i].type != type_of(i)) {
+      throw Refused{std::string(names[i]) + " has element type " + std::to_string(inputs[i].type) + ", needed " +
+                    std::to_string(type_of(i))};
+    }
+  }
+}
+
+// The OrtCustomOps of each op, one per element type, for a runtime. They live as long as the process.
 std::vector<const OrtCustomOp*> matmul_ops(const OrtApi* api);
+std::vector<const OrtCustomOp*> matmul_integer_to_float_ops(const OrtApi* api);
 
 }  // namespace msd

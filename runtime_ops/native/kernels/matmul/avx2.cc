@@ -168,6 +168,51 @@ void decompose_rows(const Plan& plan, const void* a, const Panel& panel, int64_t
   }
 }
 
+template <typename Code>
+__m256i load_8_codes(const Code* from) {
+  const auto* bytes = reinterpret_cast<const __m128i*>(from);
+  if constexpr (sizeof(Code) == 1) {
+    const __m128i eight = _mm_loadl_epi64(bytes);
+    return static_cast<Code>(-1) < 0 ? _mm256_cvtepi8_epi32(eight) : _mm256_cvtepu8_epi32(eight);
+  } else {
+    const __m128i eight = _mm_loadu_si128(bytes);
+    return static_cast<Code>(-1) < 0 ? _mm256_cvtepi16_epi32(eight) : _mm256_cvtepu16_epi32(eight);
+  }
+}
+
+template <typename Code>
+void load_rows(const Plan& plan, const Codes& codes, const Panel& panel, int64_t first, int64_t last) {
+  const Code* base = static_cast<const Code*>(codes.base);
+  const __m256i center = _mm256_set1_epi32(codes.center);
+  for (int64_t row = first; row < last; ++row) {
+    for (int64_t g = 0; g < plan.groups; ++g) {
+      const int64_t begin = g * plan.block_size, left = plan.k - begin;
+      const int64_t count = left < plan.block_size ? left : plan.block_size;
+      const int64_t at = g * panel.rows + row;
+      const Code* from = base + row * plan.k + begin;
+      int16_t* to = panel.codes + at * plan.stride;
+      __m256i sum = _mm256_setzero_si256();
+      int64_t i = 0;
+      for (; i + 8 <= count; i += 8) {
+        const __m256i code = _mm256_sub_epi32(load_8_codes(from + i), center);
+        sum = _mm256_add_epi32(sum, code);
+        store_quads(to + i, code);
+      }
+      if (i < count) {
+        alignas(32) int32_t tail[8] = {};
+        for (int64_t j = i; j < count; ++j) tail[j - i] = from[j] - codes.center;
+        const __m256i code = _mm256_load_si256(reinterpret_cast<const __m256i*>(tail));
+        sum = _mm256_add_epi32(sum, code);
+        store_quads(to + i, code);
+        i += 8;
+      }
+      store_zeros(to, i, plan.stride);
+      panel.sums[at] = sum_of_lanes(sum);
+      panel.scales[at] = codes.scale;
+    }
+  }
+}
+
 // ---- Product -------------------------------------------------------------------------------------------------------
 
 // A pair of k of 16 columns, [columns 0..7 | 8..15]: number `pair` of a line's 16 / kBits, in the order that the codes
@@ -245,6 +290,8 @@ struct Group {
   __m256i zero_points[2];
   __m256 scales[2];
   __m256 offsets[2];
+  __m256i shifts[2];   // what the shift of given codes adds to C
+  int32_t code_shift;  // and to R
 };
 
 __m256 load_columns(const Columns<float>& columns, int64_t tile, int64_t group, int half) {
@@ -304,9 +351,9 @@ void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const
   for (int r = 0; r < kRows; ++r) {
     const __m256 s_x = _mm256_set1_ps(panel.scales[at + r]);
     for (int half = 0; half < 2; ++half) {
-      __m256 v = _mm256_cvtepi32_ps(c[2 * r + half]);
+      __m256 v = _mm256_cvtepi32_ps(_mm256_add_epi32(c[2 * r + half], group.shifts[half]));
       if (weight.has_offsets) {
-        const __m256 sum = _mm256_set1_ps(static_cast<float>(panel.sums[at + r]));
+        const __m256 sum = _mm256_set1_ps(static_cast<float>(panel.sums[at + r] + group.code_shift));
         v = _mm256_sub_ps(v, _mm256_mul_ps(group.offsets[half], sum));
       }
       const __m256 p = _mm256_mul_ps(s_x, group.scales[half]);
@@ -314,6 +361,18 @@ void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const
       _mm256_store_ps(total, _mm256_add_ps(_mm256_load_ps(total), _mm256_mul_ps(v, p)));
     }
   }
+}
+
+// The shift's part of C and R, into the group.
+template <int kBits>
+void add_shift(const Plan& plan, const Panel& panel, int64_t g, const __m256i* widened, Group& group) {
+  __m256i column_sums[2];
+  products<kBits, 1>(plan, group, widened, panel.ones + g * plan.stride, panel.ones_sums + g, column_sums);
+  for (int half = 0; half < 2; ++half) {
+    // Like C itself it may exceed int32 where the sum of both does not: right modulo 2^32.
+    group.shifts[half] = _mm256_mullo_epi32(column_sums[half], _mm256_set1_epi32(panel.shift));
+  }
+  group.code_shift = panel.shift * panel.ones_sums[g];
 }
 
 // The same in double, for codes in two planes.
@@ -397,9 +456,12 @@ void multiply_tiles(const Plan& plan, const Weight& weight, const Panel& panel, 
         group.zero_points[half] = load_columns(weight.zero_points, tile, g, half);
         group.scales[half] = load_columns(weight.scales, tile, g, half);
         group.offsets[half] = load_columns(weight.offsets, tile, g, half);
+        group.shifts[half] = _mm256_setzero_si256();
       }
+      group.code_shift = 0;
       if (is_buffered) widen_group<kBits>(plan, group, buffer);
       const __m256i* widened = is_buffered ? buffer : nullptr;
+      if (panel.shift != 0) add_shift<kBits>(plan, panel, g, widened, group);
       const int64_t cell = g * panel.rows;
       int64_t row = 0;
       for (; row + kRowsAtOnce <= panel.rows; row += kRowsAtOnce) {
@@ -451,6 +513,19 @@ void decompose_avx2(const Plan& plan, const void* a, Real type, const Panel& pan
       return decompose_rows<Real::kHalf>(plan, a, panel, first, last);
     case Real::kBfloat16:
       return decompose_rows<Real::kBfloat16>(plan, a, panel, first, last);
+  }
+}
+
+void load_codes_avx2(const Plan& plan, const Codes& codes, const Panel& panel, int64_t first, int64_t last) {
+  switch (codes.type) {
+    case CodeType::kUint8:
+      return load_rows<uint8_t>(plan, codes, panel, first, last);
+    case CodeType::kInt8:
+      return load_rows<int8_t>(plan, codes, panel, first, last);
+    case CodeType::kUint16:
+      return load_rows<uint16_t>(plan, codes, panel, first, last);
+    case CodeType::kInt16:
+      return load_rows<int16_t>(plan, codes, panel, first, last);
   }
 }
 

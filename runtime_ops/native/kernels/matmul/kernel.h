@@ -1,8 +1,12 @@
-// The arithmetic of msd.MatMul; ../../../matmul/reference.py says what it means, layout.py how the weight is stored.
+// The arithmetic of msd.MatMul and msd.MatMulIntegerToFloat; reference.py of ../../../matmul and
+// ../../../matmul_integer_to_float says what they mean, matmul/layout.py how the weight is stored.
 //
 //   y[m, n] = bias[n] + sum over groups g, ascending, of  v * p
 //   v = float(C) - offset[g, n] * float(R)     p = s_x[m, g] * s_w[g, n]
 //   C = sum over k in g of (w[k, n] - z[g, n]) * Q[m, k]     R = sum over k in g of Q[m, k]
+//
+// Q are the codes of a decomposed activation, or given codes less their zero point: those need 17 bits, so they are kept
+// as int16 codes to which a shift, one number for all, is added.
 //
 // C and R are exact; every other operation rounds on its own, one accumulator per output. That is why the same row
 // has the same bits at every batch size, thread count and variant: no FMA, no splitting of K, no reordered sum.
@@ -76,31 +80,53 @@ struct Panel {
   int32_t* sums;    // [planes, groups, rows], R
   float* scales;    // [groups, rows], s_x; terms 1 and 2
   double* scales64;  // likewise for 3 terms
+
+  // Of given codes: Q = code + shift. The shift's part of C is that of a row of ones, the sum of w - z over the group.
+  int32_t shift;
+  const int16_t* ones;       // [groups, stride], in the variant's order; tail 0
+  const int32_t* ones_sums;  // [groups]: K-steps of the group
+};
+
+// Types that given codes have.
+enum class CodeType : int { kUint8 = 2, kInt8 = 3, kUint16 = 4, kInt16 = 5 };
+
+// Codes as a model gives them: stored values less `center` fit int16.
+struct Codes {
+  const void* base;
+  CodeType type;
+  int32_t center;
+  float scale;
 };
 
 // Writes rows [first, last) of the panel from `a`, row 0 of the panel, [rows, k] of type `type`.
 using Decompose = void (*)(const Plan& plan, const void* a, Real type, const Panel& panel, int64_t first, int64_t last);
 
+// The same from given codes, [rows, k]: one plane, every scale `codes.scale`.
+using LoadCodes = void (*)(const Plan& plan, const Codes& codes, const Panel& panel, int64_t first, int64_t last);
+
 // Writes columns of tiles [first, last) for all rows of the panel.
 using Multiply = void (*)(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
                           const Output& output);
 
-// The two belong together: they share the order of the codes.
+// The three belong together: they share the order of the codes.
 struct Kernel {
   Decompose decompose;
+  LoadCodes load_codes;
   Multiply multiply;
 };
 
 void decompose_scalar(const Plan&, const void*, Real, const Panel&, int64_t, int64_t);
+void load_codes_scalar(const Plan&, const Codes&, const Panel&, int64_t, int64_t);
 void multiply_scalar(const Plan&, const Weight&, const Panel&, int64_t, int64_t, const Output&);
 void decompose_avx2(const Plan&, const void*, Real, const Panel&, int64_t, int64_t);
+void load_codes_avx2(const Plan&, const Codes&, const Panel&, int64_t, int64_t);
 void multiply_avx2(const Plan&, const Weight&, const Panel&, int64_t, int64_t, const Output&);
 
 inline constexpr Variant<Kernel> kVariants[] = {
 #if defined(MSD_X86)
-    {"avx2", Isa::kAvx2, {decompose_avx2, multiply_avx2}},
+    {Isa::kAvx2, {decompose_avx2, load_codes_avx2, multiply_avx2}},
 #endif
-    {"scalar", Isa::kScalar, {decompose_scalar, multiply_scalar}},
+    {Isa::kScalar, {decompose_scalar, load_codes_scalar, multiply_scalar}},
 };
 
 }  // namespace msd::matmul

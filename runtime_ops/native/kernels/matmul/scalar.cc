@@ -62,6 +62,26 @@ void decompose_group(const Plan& plan, const void* a, Real type, int64_t begin, 
   }
 }
 
+template <typename Code>
+void load_rows(const Plan& plan, const Codes& codes, const Panel& panel, int64_t first, int64_t last) {
+  const Code* base = static_cast<const Code*>(codes.base);
+  for (int64_t row = first; row < last; ++row) {
+    for (int64_t g = 0; g < plan.groups; ++g) {
+      const int64_t begin = g * plan.block_size, left = plan.k - begin;
+      const int64_t count = left < plan.block_size ? left : plan.block_size;
+      const int64_t at = g * panel.rows + row;
+      int16_t* to = panel.codes + at * plan.stride;
+      int32_t sum = 0;
+      for (int64_t i = 0; i < plan.stride; ++i) {
+        to[i] = i < count ? static_cast<int16_t>(base[row * plan.k + begin + i] - codes.center) : int16_t{0};
+        sum += to[i];
+      }
+      panel.sums[at] = sum;
+      panel.scales[at] = codes.scale;
+    }
+  }
+}
+
 template <typename T>
 T column(const Columns<T>& columns, int64_t tile, int64_t group, int c) {
   return columns.single ? columns.base[0] : columns.base[tile * columns.per_tile + group * columns.per_group + c];
@@ -82,7 +102,7 @@ void unpack_group(const Plan& plan, const uint8_t* lines, int16_t (&w)[kLongestG
   }
 }
 
-// products[c] = sum of w * Q over a group. At most 256 * 255 * 32258 < 2^31.
+// products[c] = sum of w * Q over a group. At most 256 * 255 * 32768 < 2^31.
 void group_products(int count, const int16_t (&w)[kLongestGroup][kTile], const int16_t* codes,
                     int32_t (&products)[kTile]) {
   int32_t sums[kTile] = {};
@@ -102,6 +122,8 @@ void multiply_tile(const Plan& plan, const Weight& weight, const Panel& panel, i
   int16_t w[kLongestGroup][kTile];
   for (int64_t g = 0; g < plan.groups; ++g) {
     unpack_group(plan, weight.b + (tile * plan.groups + g) * plan.lines * kLine, w);
+    int32_t column_sums[kTile] = {};
+    if (panel.shift != 0) group_products(plan.block_size, w, panel.ones + g * plan.stride, column_sums);
     for (int64_t row = 0; row < panel.rows; ++row) {
       const int64_t at = g * panel.rows + row;
       int32_t products[2][kTile];
@@ -110,10 +132,12 @@ void multiply_tile(const Plan& plan, const Weight& weight, const Panel& panel, i
       }
       int64_t code_sum = panel.sums[at];
       if (planes == 2) code_sum = 256 * code_sum + panel.sums[plane + at];
+      if (panel.shift != 0) code_sum += int64_t{panel.shift} * panel.ones_sums[g];
       const T s_x = planes == 2 ? static_cast<T>(panel.scales64[at]) : static_cast<T>(panel.scales[at]);
       for (int c = 0; c < kTile; ++c) {
         int64_t product = products[0][c];
         if (planes == 2) product = 256 * product + products[1][c];
+        product += int64_t{panel.shift} * column_sums[c];
         T v = static_cast<T>(product - column(weight.zero_points, tile, g, c) * code_sum);
         if (weight.has_offsets) v -= static_cast<T>(column(weight.offsets, tile, g, c)) * static_cast<T>(code_sum);
         const T p = s_x * static_cast<T>(column(weight.scales, tile, g, c));
@@ -148,6 +172,19 @@ void decompose_scalar(const Plan& plan, const void* a, Real type, const Panel& p
         decompose_group<float>(plan, a, type, begin, count, peak, panel, at);
       }
     }
+  }
+}
+
+void load_codes_scalar(const Plan& plan, const Codes& codes, const Panel& panel, int64_t first, int64_t last) {
+  switch (codes.type) {
+    case CodeType::kUint8:
+      return load_rows<uint8_t>(plan, codes, panel, first, last);
+    case CodeType::kInt8:
+      return load_rows<int8_t>(plan, codes, panel, first, last);
+    case CodeType::kUint16:
+      return load_rows<uint16_t>(plan, codes, panel, first, last);
+    case CodeType::kInt16:
+      return load_rows<int16_t>(plan, codes, panel, first, last);
   }
 }
 

@@ -1,0 +1,171 @@
+// msd.MatMulIntegerToFloat for onnxruntime: as msd.MatMul, but the activation comes as codes with a scale and zero point.
+
+#include "low_bit.h"
+
+namespace msd {
+namespace {
+
+using matmul::Codes;
+using matmul::CodeType;
+using matmul::Panel;
+using matmul::PanelLayout;
+using matmul::Plan;
+using matmul::Weight;
+
+constexpr size_t kWeight = 3;  // A, a_scale, a_zero_point, then the weight's inputs
+constexpr size_t kInputs = kWeight + matmul::kWeightInputs;
+constexpr const char* kInputNames[kInputs] = {"A",           "a_scale", "a_zero_point", "B",   "scales",
+                                              "zero_points", "offsets", "bias",         "plan"};
+constexpr int kLongestGroup = 128;  // of given codes: 128 products of 17 bits and |w - z| <= 255 fit int32
+
+// An op of the runtime's table, for one type of codes.
+struct CodesOp : OrtCustomOp {
+  const OrtApi* api;
+  CodeType type;
+};
+
+struct CodesKernel {
+  const OrtApi* api;
+  CodeType type;
+  std::string who;  // "msd.MatMulIntegerToFloat (node '/fc1/MatMul')"
+};
+
+bool is_wide(CodeType type) { return type == CodeType::kUint16 || type == CodeType::kInt16; }
+bool is_signed(CodeType type) { return type == CodeType::kInt8 || type == CodeType::kInt16; }
+
+Plan read_plan(const Tensor& tensor, CodeType type) {
+  const matmul::PlanReader reader(tensor, "k, bits, block_size, code_bits, signed");
+  Plan plan = reader.storage(kLongestGroup);
+  reader.one_of(3, "code_bits", {is_wide(type) ? 16 : 8}, is_wide(type) ? "16, A's width" : "8, A's width");
+  reader.one_of(4, "signed", {is_signed(type) ? 1 : 0}, is_signed(type) ? "1, as A is" : "0, as A is");
+  plan.terms = 2;  // one plane of int16 codes, sums in float
+  return plan;
+}
+
+constexpr ort::ElementType input_type(CodeType type, size_t index) {
+  if (index == 1) return ort::kFloat;
+  return index < kWeight ? static_cast<ort::ElementType>(type) : matmul::weight_input_type(index - kWeight);
+}
+
+void check_single(const Tensor& tensor, const char* name) {
+  int64_t count = 1;
+  for (const int64_t dim : tensor.shape) count = dim == 1 ? count : 0;
+  if (count != 1) throw Refused{std::string(name) + " has shape " + text_of(tensor.shape) + ", needed one value"};
+}
+
+int32_t value_of(const Tensor& tensor, CodeType type) {
+  switch (type) {
+    case CodeType::kUint8:
+      return *static_cast<const uint8_t*>(tensor.data);
+    case CodeType::kInt8:
+      return *static_cast<const int8_t*>(tensor.data);
+    case CodeType::kUint16:
+      return *static_cast<const uint16_t*>(tensor.data);
+    default:
+      return *static_cast<const int16_t*>(tensor.data);
+  }
+}
+
+// A row of ones in the kernel's order, after the panel in scratch.
+struct Ones {
+  Ones(const Plan& plan, int64_t start) : layout(plan, 1), at(start), values(start + layout.bytes) {
+    bytes = values + plan.k;
+  }
+
+  // Writes them, and says so to `panel`.
+  void fill(const matmul::Kernel& kernel, const Plan& plan, char* scratch, Panel& panel) const {
+    Panel row{};
+    row.rows = 1;
+    row.codes = reinterpret_cast<int16_t*>(scratch + at + layout.codes);
+    row.sums = reinterpret_cast<int32_t*>(scratch + at + layout.sums);
+    row.scales = reinterpret_cast<float*>(scratch + at + layout.scales);
+    std::fill_n(scratch + values, plan.k, char{1});
+    kernel.load_codes(plan, {scratch + values, CodeType::kUint8, 0, 0.0f}, row, 0, 1);
+    panel.ones = row.codes;
+    panel.ones_sums = row.sums;
+  }
+
+  PanelLayout layout;
+  int64_t at, values, bytes;
+};
+
+void compute(const CodesKernel& self, OrtKernelContext* context) {
+  const OrtApi* api = self.api;
+  Tensor inputs[kInputs];
+  read_inputs(api, context, kInputNames, kInputs, [&](size_t i) { return input_type(self.type, i); }, inputs);
+  const Tensor &a = inputs[0], *weight_inputs = inputs + kWeight;
+  check_single(inputs[1], kInputNames[1]);
+  check_single(inputs[2], kInputNames[2]);
+  const Plan plan = read_plan(weight_inputs[matmul::kPlan], self.type);
+  const int64_t rows = matmul::count_rows(a, plan);
+  const Weight weight = matmul::read_weight(weight_inputs, plan);
+  void* y = matmul::make_output(api, context, a, weight, rows);
+  if (y == nullptr) return;
+
+  // 8-bit codes less their zero point fit int16. 16-bit codes do less a constant; the shift makes up for the rest.
+  const int32_t zero_point = value_of(inputs[2], self.type);
+  const int32_t center = !is_wide(self.type) ? zero_point : is_signed(self.type) ? 0 : 32768;
+  Panel panel{};
+  panel.shift = center - zero_point;
+
+  const matmul::Kernel& kernel = chosen(matmul::kVariants);
+  const PanelLayout layout(plan, matmul::rows_of_panel(plan, rows));
+  const Ones ones(plan, layout.bytes);
+  char* scratch = matmul::thread_scratch(panel.shift != 0 ? ones.bytes : layout.bytes);
+  if (panel.shift != 0) ones.fill(kernel, plan, scratch, panel);
+  const int64_t row_bytes = plan.k * (is_wide(self.type) ? 2 : 1);
+  const float scale = *static_cast<const float*>(inputs[1].data);
+  matmul::multiply_rows(api, context, kernel, plan, weight, rows, {y, matmul::Real::kFloat, matmul::Real::kFloat},
+                        panel, scratch, [&](const Panel& filled, int64_t row, int64_t first, int64_t last) {
+                          const char* codes = static_cast<const char*>(a.data) + row * row_bytes;
+                          kernel.load_codes(plan, {codes, self.type, center, scale}, filled, first, last);
+                        });
+}
+
+CodesKernel* create(const CodesOp& op, const OrtApi* api, const OrtKernelInfo* info) {
+  auto kernel = std::make_unique<CodesKernel>();
+  kernel->api = api;
+  kernel->type = op.type;
+  kernel->who = "msd.MatMulIntegerToFloat (node '" + node_name(api, info) + "')";
+  matmul::check_layout(api, info, kernel->who);
+  isa_limit();  // throws now, when the session is made, if MSD_ISA asks for what is not there
+  return kernel.release();
+}
+
+const CodesOp& self(const OrtCustomOp* op) { return *static_cast<const CodesOp*>(op); }
+
+CodesOp make_op(const OrtApi* api, CodeType type) {
+  CodesOp op{};
+  set_defaults(op);
+  op.api = api;
+  op.type = type;
+  op.GetName = [](const OrtCustomOp*) { return "MatMulIntegerToFloat"; };
+  op.GetInputTypeCount = [](const OrtCustomOp*) { return kInputs; };
+  op.GetInputType = [](const OrtCustomOp* o, size_t index) { return input_type(self(o).type, index); };
+  op.GetOutputType = [](const OrtCustomOp*, size_t) { return ort::kFloat; };
+  op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* a, const OrtKernelInfo* info, void** kernel) {
+    *kernel = nullptr;
+    return guarded(a, [&] { *kernel = create(self(o), a, info); });
+  };
+  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+    const auto& k = *static_cast<const CodesKernel*>(kernel);
+    return computed(k.api, k.who, [&] { compute(k, context); });
+  };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<CodesKernel*>(kernel); };
+  op.InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
+    return matmul::infer_shape_quietly(self(o).api, context, kWeight + matmul::kBias, ort::kFloat);
+  };
+  return op;
+}
+
+}  // namespace
+
+std::vector<const OrtCustomOp*> matmul_integer_to_float_ops(const OrtApi* api) {
+  std::vector<const OrtCustomOp*> ops;
+  for (const CodeType type : {CodeType::kUint8, CodeType::kInt8, CodeType::kUint16, CodeType::kInt16}) {
+    ops.push_back(new CodesOp(make_op(api, type)));
+  }
+  return ops;
+}
+
+}  // namespace msd
