@@ -1,4 +1,4 @@
-"""The commands as functions: inspect, compile, verify, run. The only place that knows engine and rules alike."""
+"""The commands as functions: inspect, compile, verify, run."""
 
 from __future__ import annotations
 
@@ -6,37 +6,35 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import onnx
 
 from .build import NodeBuilder
-from .choose import Choice, choose
+from .decide import Activations, Decided, Options, decide
 from .edit import Edit
 from .errors import OptionError, OutputError
-from .facts import QuantizedLinear, ReasonCode, Reject
+from .facts import QuantizedLinear, ReasonCode
 from .genai import FolderOutput, GenaiFolder, default_folder, is_genai, merged_report
-from .inline import inlined
 from .inputs import Feed, NoInputs
-from .linked import Linked
-from .passes import READERS, REFINERS
-from .passes.lower_linear import lower_linear, packed_bytes, plan_of
+from .passes.lower_linear import lower_linear
 from .quantize import Quantization
-from .quantize import quantize as round_weights
-from .reader import Site, find_sites
-from .report import METADATA_KEY, UNSUPPORTED, Outcome, Report, SiteRow, Verification, embedded_report, summarize
+from .report import METADATA_KEY, Outcome, Report, SiteRow, Verification, embedded_report, summarize
 from .runtime import RuntimeRefused, TimedOut, open_model, session
 from .runtime import run as run_session
-from .runtime_ops.matmul.body import OLDEST_OPSET, matmul_body
+from .runtime_ops.matmul import schema as matmul_schema
+from .runtime_ops.matmul.body import matmul_body
 from .runtime_ops.matmul.reference import LIMITS
-from .runtime_ops.matmul.schema import VERSION
+from .runtime_ops.matmul_integer_to_float import schema as integer_schema
+from .runtime_ops.matmul_integer_to_float.body import matmul_integer_to_float_body
 from .save import EMBED_UP_TO, Output, WeightStore, weight_bytes
 from .source import Source, is_external, load, model_file, stored_tensors
 from .verification import (
     WHOLE_UP_TO,
     Clock,
     Progress,
+    Reference,
     RewrittenProduct,
     silent,
     verify_sites,
@@ -69,7 +67,13 @@ class Compiled:
     """Whether anything was rewritten; if not, the model is the source's copy."""
 
 
-def inspect(model: ModelLike, *, terms: int | None = None, quantization: Quantization | None = None) -> Report:
+def inspect(
+    model: ModelLike,
+    *,
+    terms: int | None = None,
+    quantization: Quantization | None = None,
+    activations: Literal["keep", "upgrade"] = "keep",
+) -> Report:
     """What `compile` would do with a model, or, for a result of it, what it did.
 
     Raises:
@@ -80,8 +84,8 @@ def inspect(model: ModelLike, *, terms: int | None = None, quantization: Quantiz
     known = embedded_report(source.proto)
     if known is not None:
         return known.model_copy(update={"source": str(source.path) if source.path else None})
-    source, rounded = _rounded(source, quantization, silent)
-    return _report(source, [row for _, _, row in _decisions(Linked.of(inlined(source)), terms, rounded)])
+    decided = decide(source, Options(terms, quantization, Activations(activations)), silent)
+    return _report(decided.source, decided.rows)
 
 
 def compile(
@@ -90,6 +94,7 @@ def compile(
     *,
     terms: int | None = None,
     quantization: Quantization | None = None,
+    activations: Literal["keep", "upgrade"] = "keep",
     verify: bool = True,
     verify_seconds: float = DEFAULT_VERIFY_SECONDS,
     tolerance: float = DEFAULT_TOLERANCE,
@@ -106,6 +111,9 @@ def compile(
             result the model itself rounds to integers further on (an int8 cache).
         quantization: how to round the weights of layers that are float, by onnxruntime's own quantizer; None: they stay
             float. The oracle is then the rounded model; how far that is from the float one the report says beside it.
+        activations: what becomes of activations that the model itself rounds to 8 or 16 bits. ``keep``: their codes are
+            multiplied exactly, for that rounding is part of what the model means. ``upgrade``: it is left out, and the
+            oracle is the model without it; how far that is from the model with it the report says beside it.
         verify: compare the result with the oracle.
         verify_seconds: time for that; what takes longer, or has more than 1 GB of weights, is verified layer by layer.
         tolerance: largest relative L2 distance of any output from the oracle.
@@ -121,43 +129,35 @@ def compile(
     if not tolerance > 0 or not verify_seconds > 0:
         raise OptionError(f"tolerance ({tolerance}) and verify seconds ({verify_seconds}) must be positive")
     if output is not None and not isinstance(model, onnx.ModelProto) and makes_folder(model, output):
-        options: dict[str, Any] = {"terms": terms, "quantization": quantization}
+        options: dict[str, Any] = {"terms": terms, "quantization": quantization, "activations": activations}
         options |= {"verify": verify, "verify_seconds": verify_seconds, "tolerance": tolerance}
         return _compile_folder(Path(model), Path(output), options | {"progress": progress})
-    source = given = load(model)
-    target = None if output is None else _target(source, Path(output))
-    source, rounded = _rounded(source, quantization, progress)
-    linked = Linked.of(inlined(source))
-    decisions = _decisions(linked, terms, rounded)
-    report = _report(source, [row for _, _, row in decisions])
-    facts = [
-        (site, site.found, choice)
-        for site, choice, row in decisions
-        if row.outcome is Outcome.REWRITTEN and isinstance(site.found, QuantizedLinear)
-    ]
-    if not facts:
+    given = load(model)
+    target = None if output is None else _target(given, Path(output))
+    decided = decide(given, Options(terms, quantization, Activations(activations)), progress)
+    source, report = decided.source, _report(decided.source, decided.rows)
+    if not any(row.outcome is Outcome.REWRITTEN for row in report.sites):
         report = embedded_report(source.proto) or report  # a result says what was done to it
         where = {"source": str(source.path) if source.path else None, "result": str(target) if target else None}
         report = report.model_copy(update=where)
         return Compiled(_copy(source, target), report, target, changed=False)
 
-    unrounded = given if rounded and weight_bytes(given.proto) <= WHOLE_UP_TO else None
+    unrounded = given if source is not given and weight_bytes(given.proto) <= WHOLE_UP_TO else None
+    reference = Reference(decided.oracle, unrounded, decided.other_activations)
+    check = _Check(verify, verify_seconds, tolerance, progress)
     if target is None:
         store = WeightStore(None)
-        edited, products = _rewrite(linked, facts, report, store, progress)
+        edited, products = _rewrite(decided, report, store, progress)
         store.adopt(edited, source)
-        result = Source(edited, source.folder)
-        report = _verified(source, result, products, report, verify, verify_seconds, tolerance, progress, unrounded)
-        return Compiled(edited, report)
+        return Compiled(edited, check(source, Source(edited, source.folder), reference, products, report))
 
-    packed = sum(packed_bytes(w, choice) for _, fact, choice in facts for w in fact.weights)
+    packed = sum(row.weight_bytes or 0 for row in report.sites)
     external = max(weight_bytes(source.proto), packed) > EMBED_UP_TO
     with Output(target, source, external=external) as out:
-        edited, products = _rewrite(linked, facts, report, out.store, progress)
+        edited, products = _rewrite(decided, report, out.store, progress)
         aside = out.write(edited)
-        result = Source(edited, aside.parent)
         report = report.model_copy(update={"result": str(target)})
-        report = _verified(source, result, products, report, verify, verify_seconds, tolerance, progress, unrounded)
+        report = check(source, Source(edited, aside.parent), reference, products, report)
         out.commit()
     return Compiled(edited, report, target)
 
@@ -185,7 +185,19 @@ def verify(
     if runs < 1:
         raise OptionError(f"runs is {runs}; it must be 1 or more")
     feeds = [Feed("given", dict(inputs))] if isinstance(inputs, Mapping) else inputs
-    return verify_whole(load(source), load(result), feeds=feeds, runs=runs, tolerance=tolerance, progress=progress)
+    before, after = load(source), load(result)
+    report = embedded_report(after.proto)
+    upgraded = report and any(row.reason_code is ReasonCode.ACTIVATION_UPGRADED for row in report.sites)
+    decided = decide(before, Options(activations=Activations.UPGRADE if upgraded else Activations.KEEP), silent)
+    return verify_whole(
+        before,
+        after,
+        reference=Reference(decided.oracle, None, decided.other_activations),
+        feeds=feeds,
+        runs=runs,
+        tolerance=tolerance,
+        progress=progress,
+    )
 
 
 def run(
@@ -228,86 +240,30 @@ def _compile_folder(folder: Path, target: Path, options: dict[str, Any]) -> Comp
     return Compiled(first.model, report, target, changed=any(one.changed for one in done.values()))
 
 
-def _rounded(source: Source, how: Quantization | None, progress: Progress) -> tuple[Source, dict[str, str]]:
-    """The source with its float layers' weights rounded, and what was done by layer; as it is where none is rewritten."""
-    if how is None or 0 < source.opset < OLDEST_OPSET:
-        return source, {}
-    return round_weights(source, how, progress=progress)
-
-
-def _decisions(linked: Linked, terms: int | None, rounded: Mapping[str, str]) -> list[tuple[Site, Choice, SiteRow]]:
-    """Every linear layer, how it would be computed, and what the report says of it."""
-    sites = find_sites(linked, READERS, REFINERS)
-    choices = choose(linked, sites, terms)
-    return [
-        (site, choice, _row(linked.source, site, choice, rounded.get(site.name)))
-        for site, choice in zip(sites, choices, strict=True)
-    ]
-
-
-def _row(source: Source, site: Site, choice: Choice, rounded: str | None = None) -> SiteRow:
-    found = site.found
-    if isinstance(found, Reject):
-        outcome = Outcome.UNSUPPORTED if found.code in UNSUPPORTED else Outcome.KEPT
-        return SiteRow(
-            node=site.name,
-            form=str(site.node.op),
-            outcome=outcome,
-            reason=found.reason,
-            reason_code=found.code,
-            **found.known,  # type: ignore[arg-type]
-        )
-    weight = found.weight
-    row = SiteRow(
-        node=site.name,
-        form=found.form,
-        format=weight.format,
-        m=found.rows,
-        k=weight.k,
-        n=weight.n,
-        outcome=Outcome.KEPT,
-    )
-    if 0 < source.opset < OLDEST_OPSET:
-        row.reason = (
-            f"the model imports opset {source.opset}; msd.MatMul needs {OLDEST_OPSET} or later (onnx.version_converter)"
-        )
-        row.reason_code = ReasonCode.OPSET_TOO_OLD
-        return row
-    row.outcome = Outcome.REWRITTEN
-    reasons = []
-    if rounded is not None:
-        reasons.append(rounded)
-        row.reason_code = ReasonCode.WEIGHT_ROUNDED
-    if choice.rounded_by is not None:
-        reasons.append(
-            f"three terms: {choice.rounded_by!r} further on rounds to integers, where a small error becomes a jump"
-        )
-        row.reason_code = ReasonCode.ROUNDED_DOWNSTREAM
-    row.reason = "; ".join(reasons) or None
-    row.terms = choice.terms
-    row.group = plan_of(weight, choice).block_size
-    row.error_bound = 0.5 / LIMITS[choice.terms]
-    row.weight_bytes = sum(packed_bytes(w, choice) for w in found.weights)
-    return row
-
-
 def _report(source: Source, rows: list[SiteRow]) -> Report:
     return Report(
         source=str(source.path) if source.path else None, opset=source.opset, summary=summarize(rows), sites=rows
     )
 
 
+_BODIES = {
+    "MatMul": (matmul_body, matmul_schema.VERSION),
+    "MatMulIntegerToFloat": (matmul_integer_to_float_body, integer_schema.VERSION),
+}
+"""By op, its function body for an opset and the version of it."""
+
+
 def _rewrite(
-    linked: Linked,
-    facts: list[tuple[Site, QuantizedLinear, Choice]],
-    report: Report,
-    store: WeightStore,
-    progress: Progress,
+    decided: Decided, report: Report, store: WeightStore, progress: Progress
 ) -> tuple[onnx.ModelProto, list[RewrittenProduct]]:
+    linked = decided.linked
     edit = Edit(linked.source, store.add)
-    products = []
-    for done, (site, fact, choice) in enumerate(facts):
-        progress("packing weights", done, len(facts))
+    taken = [d for d in decided.decisions if d.row.outcome is Outcome.REWRITTEN]
+    products: list[RewrittenProduct] = []
+    for done, (site, choice) in enumerate((d.site, d.choice) for d in taken):
+        progress("packing weights", done, len(taken))
+        fact = site.found
+        assert isinstance(fact, QuantizedLinear)
         nodes = lower_linear(fact, choice, NodeBuilder(edit, site.name))
         edit.replace(fact.scope, fact.replaced, nodes)
         shape = linked.shape(fact.scope, fact.y)
@@ -315,11 +271,13 @@ def _rewrite(
             edit.declare(fact.scope, fact.y.name, fact.element_type, shape)
         ours = [node for node in nodes if node.domain == "msd"]
         products += [
-            RewrittenProduct(site.name, node, weight, fact.alpha, fact.bias)
+            RewrittenProduct(site.name, node, weight, fact.codes, fact.alpha, fact.bias)
             for node, weight in zip(ours, fact.weights, strict=True)
         ]
-    progress("packing weights", len(facts), len(facts))
-    proto = edit.finish(matmul_body(edit.function_opset), VERSION)
+    progress("packing weights", len(taken), len(taken))
+    used = {product.node.op_type for product in products}
+    functions = [(body(edit.function_opset), version) for op, (body, version) in _BODIES.items() if op in used]
+    proto = edit.finish(functions)
     stale = [entry for entry in proto.metadata_props if entry.key == METADATA_KEY]
     for entry in stale:
         proto.metadata_props.remove(entry)
@@ -327,44 +285,64 @@ def _rewrite(
     return proto, products
 
 
-def _verified(
-    source: Source,
-    result: Source,
-    products: list[RewrittenProduct],
-    report: Report,
-    wanted: bool,
-    seconds: float,
-    tolerance: float,
-    progress: Progress,
-    unrounded: Source | None = None,
-) -> Report:
-    if not wanted:
-        return report
-    verification: Verification | None = None
-    note = "weights above 1 GB: every layer alone"
-    if weight_bytes(source.proto) <= WHOLE_UP_TO:
-        try:
-            verification = verify_whole(
-                source, result, tolerance=tolerance, clock=Clock(seconds), progress=progress, unrounded=unrounded
+@dataclass(frozen=True)
+class _Check:
+    """How a result is verified before it is kept."""
+
+    wanted: bool
+    seconds: float
+    tolerance: float
+    progress: Progress
+
+    def __call__(
+        self,
+        source: Source,
+        result: Source,
+        reference: Reference,
+        products: list[RewrittenProduct],
+        report: Report,
+    ) -> Report:
+        """The report with what was found.
+
+        Raises:
+            VerificationFailed: the result is not right enough.
+        """
+        if not self.wanted:
+            return report
+        verification: Verification | None = None
+        note = "weights above 1 GB: every layer alone"
+        if weight_bytes(source.proto) <= WHOLE_UP_TO:
+            try:
+                verification = verify_whole(
+                    source,
+                    result,
+                    reference=reference,
+                    tolerance=self.tolerance,
+                    clock=Clock(self.seconds),
+                    progress=self.progress,
+                )
+            except TimedOut:
+                note = f"the whole model takes more than {self.seconds:g} s: every layer alone"
+            except NoInputs as error:
+                note = str(error)
+            except RuntimeRefused as error:
+                note = str(error)
+                _result_is_to_blame(source, error)
+        # A model that rounds its activations turns differences of 1e-7 into whole codes: there the layers tell.
+        if verification is None or not verification.passed or any(p.codes is not None for p in products):
+            layers = verify_sites(
+                result, products, tolerance=self.tolerance, clock=Clock(self.seconds), progress=self.progress
             )
-        except TimedOut:
-            note = f"the whole model takes more than {seconds:g} s: every layer alone"
-        except NoInputs as error:
-            note = str(error)
-        except RuntimeRefused as error:
-            note = str(error)
-            _result_is_to_blame(source, error)
-    if verification is None or not verification.passed:
-        layers = verify_sites(result, products, tolerance=tolerance, clock=Clock(seconds), progress=progress)
-        if verification is None:
-            both = "; ".join(n for n in (note, layers.note) if n)
-            verification = layers.model_copy(update={"note": both})
-        else:
-            verification = verification.model_copy(update={"sites": layers.sites})
-    report = report.model_copy(update={"verification": verification})
-    if not verification.passed:
-        raise VerificationFailed(_failure(verification, report), report)
-    return report
+            if verification is None:
+                both = "; ".join(n for n in (note, layers.note) if n)
+                verification = layers.model_copy(update={"note": both})
+            else:
+                passed = verification.passed and layers.passed
+                verification = verification.model_copy(update={"sites": layers.sites, "passed": passed})
+        report = report.model_copy(update={"verification": verification})
+        if not verification.passed:
+            raise VerificationFailed(_failure(verification, report), report)
+        return report
 
 
 def _result_is_to_blame(source: Source, error: RuntimeRefused) -> None:

@@ -28,11 +28,17 @@ class NodeBuilder:
 
     def node(self, op: str, *inputs: str, domain: str = "", name: str = "", **attributes: object) -> str:
         """Add a node of one output; the output's name is returned."""
-        output = self._edit.unique(f"{self._site}/msd.{op}")
+        return self.node_of(1, op, *inputs, domain=domain, name=name, **attributes)[0]
+
+    def node_of(
+        self, count: int, op: str, *inputs: str, domain: str = "", name: str = "", **attributes: object
+    ) -> list[str]:
+        """Add a node of several outputs; their names are returned."""
+        outputs = [self._edit.unique(f"{self._site}/msd.{op}") for _ in range(count)]
         self.nodes.append(
-            helper.make_node(op, inputs, [output], name=name or output, domain=domain or None, **attributes)
+            helper.make_node(op, inputs, outputs, name=name or outputs[0], domain=domain or None, **attributes)
         )
-        return output
+        return outputs
 
     def unsqueeze(self, x: str, axes: list[int]) -> str:
         """Unsqueeze, whose axes are an attribute below opset 13."""

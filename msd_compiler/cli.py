@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from . import api, genai, screen
 from .api import DEFAULT_TOLERANCE, DEFAULT_VERIFY_SECONDS, VerificationFailed
+from .decide import Activations
 from .errors import MsdError, OptionError, OutputError
 from .quantize import Quantization
 from .report import Report, embedded_report
@@ -61,6 +62,12 @@ Quantize = Annotated[
 ]
 BlockSize = Annotated[int | None, typer.Option(help="with --quantize: steps of K that share a scale; default: 32")]
 Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="with --quantize: blocks have zero points")]
+ActivationsOption = Annotated[
+    Activations,
+    typer.Option(
+        "--activations", help="those that the model itself rounds: keep their codes, exactly, or upgrade to float"
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="a row for every layer")]
 
 
@@ -75,6 +82,7 @@ def compile(
     quantize: Quantize = None,
     block_size: BlockSize = None,
     asymmetric: Asymmetric = False,
+    activations: ActivationsOption = Activations.KEEP,
     report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the report there, too")] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="compare the result with the oracle")] = True,
     verify_seconds: Annotated[float, typer.Option(help="time for that; then layer by layer")] = DEFAULT_VERIFY_SECONDS,
@@ -99,6 +107,7 @@ def compile(
                 target,
                 terms=terms,
                 quantization=quantization,
+                activations=activations.value,
                 verify=verify,
                 verify_seconds=verify_seconds,
                 tolerance=tolerance,
@@ -128,12 +137,14 @@ def inspect(
     quantize: Quantize = None,
     block_size: BlockSize = None,
     asymmetric: Asymmetric = False,
+    activations: ActivationsOption = Activations.KEEP,
     verbose: Verbose = False,
     json_: Json = False,
 ) -> None:
     """Show a model's linear layers: formats, sizes, what compile would do, and why not; of a result, what it did."""
     quantization = _quantization(quantize, block_size, asymmetric)
-    _show(api.inspect(model, terms=terms, quantization=quantization), json_, verbose)
+    report = api.inspect(model, terms=terms, quantization=quantization, activations=activations.value)
+    _show(report, json_, verbose)
 
 
 @app.command(epilog="Example: msd verify model.onnx model.msd.onnx --inputs prompt.npz")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -42,6 +42,8 @@ class Edit:
         self._declared = [{v.name for v in (*g.value_info, *g.output)} for g in self._graphs]
         self._constants: dict[bytes, str] = {}
         self._replacements: dict[int, dict[int, list[onnx.NodeProto]]] = {}
+        self._renames: dict[int, dict[str, str]] = defaultdict(dict)
+        self._undeclared: dict[int, set[str]] = defaultdict(set)
 
     @property
     def function_opset(self) -> int:
@@ -70,6 +72,10 @@ class Edit:
             value = helper.make_tensor_value_info(name, element_type, shape)
             self._graphs[scope.index].value_info.append(value)
 
+    def undeclare(self, scope: Scope, name: str) -> None:
+        """Forget what the file says of a tensor's type and shape: the edit changes it."""
+        self._undeclared[scope.index].add(name)
+
     def constant(self, name: str, value: np.ndarray) -> str:
         """The name of an initializer that holds ``value``: a new one, or one made before with the same content."""
         digest = hashlib.sha256(f"{value.dtype} {value.shape} ".encode())
@@ -90,8 +96,23 @@ class Edit:
         self._names.add(candidate)
         return candidate
 
-    def finish(self, function: onnx.FunctionProto, version: int) -> onnx.ModelProto:
-        """Apply the replacements, drop what only they used, and add the function that the new nodes call."""
+    def rename(self, scope: Scope, tensor: str, to: str) -> None:
+        """Let all who read ``tensor`` read ``to``."""
+        self._renames[scope.index][tensor] = to
+
+    def bypass(self, scope: Scope, node: gs.Node, to: str) -> None:
+        """Take a node away and let all who read its output read ``to``; a graph output keeps its name."""
+        position = scope.position(node)
+        assert position is not None
+        self._replacements.setdefault(scope.index, {})[position] = []
+        self.rename(scope, str(node.outputs[0].name), to)
+
+    def finish(self, functions: Sequence[tuple[onnx.FunctionProto, int]] = ()) -> onnx.ModelProto:
+        """Apply the replacements, drop what only they used, and add the functions that the new nodes call.
+
+        Args:
+            functions: each with the version of its domain.
+        """
         suspects: set[tuple[int, str]] = set()
         made: set[tuple[int, str]] = set()
         for index in sorted(self._replacements, reverse=True):  # nested graphs before those around them
@@ -105,12 +126,23 @@ class Edit:
                 else:
                     nodes.append(node)
             _keep(graph.node, nodes)
+        for index, names in self._undeclared.items():
+            values = self._graphs[index].value_info
+            _keep(values, [v for v in values if v.name not in names])
+        for index, renames in self._renames.items():
+            suspects.update((index, name) for name in renames)
+            _rename(self.proto, index, renames)
         _drop_unused(self.proto, suspects - made)
-        self._import("", self.function_opset)
-        self._import(function.domain, version)
-        self._define(function)
+        for function, version in functions:
+            self._import("", self.function_opset)
+            self._import(function.domain, version)
+            self._define(function)
         self._raise_ir_version()
         return self.proto
+
+    def import_domain(self, domain: str, version: int) -> None:
+        """See that the model imports a domain whose ops the new nodes use."""
+        self._import(domain, version)
 
     def _define(self, function: onnx.FunctionProto) -> None:
         for known in self.proto.functions:
@@ -198,6 +230,37 @@ def _drop_unused(proto: onnx.ModelProto, suspects: set[tuple[int, str]]) -> None
                     _keep(field, [v for v in field if v.name not in stored])
             if any(v.name in gone[index] for v in graph.value_info):
                 _keep(graph.value_info, [v for v in graph.value_info if v.name not in gone[index]])
+
+
+def _rename(proto: onnx.ModelProto, index: int, renames: dict[str, str]) -> None:
+    """Change what the nodes of a graph, and of those nested in it that define no such name, read."""
+
+    def final(name: str) -> str:
+        seen = {name}
+        while name in renames and renames[name] not in seen:
+            name = renames[name]
+            seen.add(name)
+        return name
+
+    scoped = scoped_graphs(proto)
+    hidden: list[set[str] | None] = [None] * len(scoped)  # names that mean something else in a graph; None: not within
+    for at, (graph, parent) in enumerate(scoped):
+        own = {v.name for v in (*graph.input, *graph.initializer)} | {o for node in graph.node for o in node.output}
+        if at == index:
+            hidden[at] = set()
+        elif parent is not None and hidden[parent] is not None:
+            hidden[at] = (hidden[parent] or set()) | own
+        masked = hidden[at]
+        if masked is None:
+            continue
+        for node in graph.node:
+            for i, name in enumerate(node.input):
+                if name in renames and name not in masked:
+                    node.input[i] = final(name)
+        for output in graph.output:
+            name = output.name
+            if name in renames and name not in masked and final(name) != name:
+                graph.node.add(op_type="Identity", input=[final(name)], output=[name], name=f"{name}/Identity")
 
 
 def _keep(field, kept: list) -> None:  # type: ignore[no-untyped-def, type-arg]

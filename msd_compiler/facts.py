@@ -11,6 +11,7 @@ from enum import StrEnum
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
 from .errors import ModelError
 from .linked import Scope
@@ -24,7 +25,13 @@ class ReasonCode(StrEnum):
     RUNTIME_WEIGHT = "runtime_weight"
     """The weight is an input or computed, not stored in the file."""
     ACTIVATION_QUANTIZED = "activation_quantized"
-    """The model itself rounds the activation; that rounding is part of what it means."""
+    """The model itself rounds the activation, in a way that no product of its codes follows."""
+    ALREADY_EXACT = "already_exact"
+    """The model rounds the activation, and onnxruntime multiplies those codes exactly and as fast."""
+    ACTIVATION_CODES = "activation_codes"
+    """Rewritten: the integer codes that the model's own rounding gives are multiplied exactly."""
+    ACTIVATION_UPGRADED = "activation_upgraded"
+    """Rewritten, with the model's rounding of its activation left out as asked."""
     OPSET_TOO_OLD = "opset_too_old"
     """The model imports a default-domain opset in which the rewritten node has no meaning."""
     WEIGHT_TYPE = "weight_type"
@@ -43,6 +50,8 @@ class ReasonCode(StrEnum):
     """The columns of K are assigned to groups out of order (``g_idx``)."""
     FUSED_OP = "fused_op"
     """The layer is inside an op that does more than a product."""
+    EMBEDDING = "embedding"
+    """A lookup in a low-bit table: it multiplies nothing."""
 
 
 class Reject(Exception):
@@ -100,6 +109,8 @@ class LowBitWeight(ABC):
     """Steps of K that share a scale; None if the scale does not vary along K."""
     format: str
     """As people say it: ``int4 block 32``."""
+    is_plain: bool
+    """Whether codes, a scale per column or block, and integer zero points are all there is to it."""
 
     @abstractmethod
     def load(self) -> WeightData:
@@ -114,6 +125,34 @@ def describe_format(type_name: str, block_size: int | None, granularity: str, ze
     """``int4 block 32``, ``uint8 per channel, zero points``."""
     where = f"block {block_size}" if block_size else granularity
     return f"{type_name} {where}{', ' + zero_points if zero_points else ''}"
+
+
+@dataclass(frozen=True)
+class ActivationCodes:
+    """An activation that the model itself gives as integers: ``x = scale * (codes - zero_point)``, one of each."""
+
+    codes: gs.Tensor
+    scale: gs.Tensor
+    zero_point: gs.Tensor | None
+    element_type: int
+    """TensorProto type of the codes: uint8, int8, uint16 or int16."""
+    moves: tuple[gs.Node, ...] = ()
+    """What moves the values between ``DequantizeLinear`` and product, in the order of data flow."""
+
+    @property
+    def bits(self) -> int:
+        """8 or 16."""
+        return 8 if self.element_type in (TensorProto.UINT8, TensorProto.INT8) else 16
+
+    @property
+    def signed(self) -> bool:
+        """Whether codes may be negative."""
+        return self.element_type in (TensorProto.INT8, TensorProto.INT16)
+
+    @property
+    def terms(self) -> int:
+        """INT8 terms that hold them exactly."""
+        return self.bits // 8
 
 
 @dataclass(frozen=True)
@@ -142,6 +181,8 @@ class QuantizedLinear:
     """Factor of ``addend``."""
     swapped: tuple[bool, bool] = (False, False)
     """Whether the last two dimensions of x, and of y, are exchanged with respect to ``x @ W``."""
+    codes: ActivationCodes | None = None
+    """The integers that x stands for, where the model rounds it itself."""
     x_shape: tuple[int | str | None, ...] | None = None
     y_rank: int | None = None
     rows: int | str | None = None

@@ -88,6 +88,7 @@ class Linked:
         except Exception as error:  # graphsurgeon has no list of what it raises on malformed graphs
             raise ModelError(f"{source.name}: the graph cannot be read: {error}") from error
         for scope in scopes:
+            _refuse_second_definitions(source, scope)
             _refuse_cycles(source, scope)
         return cls(source, scopes)
 
@@ -126,6 +127,27 @@ class Linked:
             if value.type.tensor_type.HasField("shape")
             for shape in [value.type.tensor_type.shape]
         }
+
+
+def _refuse_second_definitions(source: Source, scope: Scope) -> None:
+    """See that a name stands for one tensor: who reads it would get one, and who removes what is unused the other.
+
+    Constants may share one, for onnxruntime takes them so, and its own tools have written it.
+
+    Raises:
+        ModelError: a node writes what another one, a constant or an input is called.
+    """
+    stored = {t.name for t in scope.proto.initializer}
+    computed = {v.name for v in scope.proto.input} - stored
+    for node in scope.proto.node:
+        is_constant = node.op_type == "Constant"
+        for name in filter(None, node.output):
+            if name in computed or (name in stored and not is_constant):
+                raise ModelError(
+                    f"{source.name}: {node.op_type} {(node.name or name)!r} writes {name!r}, "
+                    "which is the name of another tensor"
+                )
+            (stored if is_constant else computed).add(name)
 
 
 def _refuse_cycles(source: Source, scope: Scope) -> None:

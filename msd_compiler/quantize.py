@@ -107,7 +107,7 @@ def quantize(source: Source, how: Quantization, *, progress: Progress = silent) 
             layers.append(m)
     if not layers:
         return source, {}
-    edit = _Rounding(linked.source, WeightStore(None).add)
+    edit = Edit(linked.source, WeightStore(None).add)
     done: dict[str, str] = {}
     for number, m in enumerate(layers):
         progress("rounding weights", number, len(layers))
@@ -118,15 +118,9 @@ def quantize(source: Source, how: Quantization, *, progress: Progress = silent) 
         float_type = type_name(_element_type(weight))
         done[_name(m.node)] = f"{m.node.op} with a {float_type} weight, rounded by onnxruntime's quantizer"
     progress("rounding weights", len(layers), len(layers))
-    proto = edit.finish(onnx.FunctionProto(domain="com.microsoft"), 1)
+    edit.import_domain("com.microsoft", 1)
+    proto = edit.finish()
     return Source(proto, source.folder, source.path), done
-
-
-class _Rounding(Edit):
-    """An edit whose new nodes call no function: MatMulNBits is onnxruntime's own."""
-
-    def _define(self, function: onnx.FunctionProto) -> None:
-        pass
 
 
 def _name(node: gs.Node) -> str:

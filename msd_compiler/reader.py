@@ -71,6 +71,7 @@ def find_sites(linked: Linked, readers: Sequence[Reader], refiners: Sequence[Ref
                 if found is not None:
                     for refiner in refiners:
                         found = refiner.refine(found, linked)
+                    _refuse_graphs(found)
             except Reject as reject:
                 found = reject
             except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
@@ -80,3 +81,15 @@ def find_sites(linked: Linked, readers: Sequence[Reader], refiners: Sequence[Ref
                 sites.append(Site(scope, node, found))
                 break
     return sites
+
+
+def _refuse_graphs(fact: QuantizedLinear) -> None:
+    """See that no node that goes away has a graph inside: none of these ops takes one, and others count graphs.
+
+    Raises:
+        ValueError: one has.
+    """
+    for node in fact.replaced:
+        for name, value in node.attrs.items():
+            if isinstance(value, gs.Graph):
+                raise ValueError(f"attribute {name!r} of {node.op} is a graph, which that op does not take")

@@ -48,10 +48,10 @@ class _Row(BaseModel):
 
 
 class SiteRow(_Row):
-    """One linear layer of the source."""
+    """One linear layer of the source, or one lookup in a low-bit table."""
 
     node: str = Field(description="name of the node that multiplies, or of its first output")
-    kind: Literal["linear"] = "linear"
+    kind: Literal["linear", "embedding"] = "linear"
     form: str = Field(description="spelling in the source, e.g. DequantizeLinear -> Transpose -> MatMul")
     format: str | None = Field(None, description="weight format, e.g. int4 block 32, zero points")
     m: int | str | None = Field(None, description="rows of the activation: a number or a product of dimension names")
@@ -110,6 +110,11 @@ class OutputRow(_Row):
     )
     rounding_relative_l2: float | None = Field(
         None, description="the oracle against the float model that was to be quantized: what rounding its weights did"
+    )
+    other_activations_relative_l2: float | None = Field(
+        None,
+        description="the result against the source with its rounding of activations the other way: left out where the "
+        "result keeps it, left in where the result leaves it out",
     )
     baseline_relative_l2: float | None = Field(None, description="the source in a default session")
     baseline_max_abs: float | None = None

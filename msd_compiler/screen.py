@@ -35,6 +35,13 @@ def verification_view(verification: Verification) -> RenderableType:
         moved = [o.rounding_relative_l2 for o in verification.outputs if o.rounding_relative_l2 is not None]
         if moved:
             parts.append(Text(f"rounding the weights moved the outputs by up to {max(moved):.2e} (not counted above)"))
+        moved = [
+            o.other_activations_relative_l2 for o in verification.outputs if o.other_activations_relative_l2 is not None
+        ]
+        if moved:
+            parts.append(
+                Text(f"the model's own rounding of activations: up to {max(moved):.2e} between with and without")
+            )
         times = _times(verification)
         if times:
             parts.append(Text(times))
@@ -53,7 +60,10 @@ def _summary_line(report: Report) -> Text:
     s = report.summary
     if not s.sites:
         return Text("no linear layers with stored weights: nothing to rewrite")
-    line = f"{s.sites} linear layers: {s.rewritten} rewritten, {s.kept} kept, {s.unsupported} unsupported"
+    lookups = sum(site.kind == "embedding" for site in report.sites)
+    line = f"{s.sites - lookups} linear layers: {s.rewritten} rewritten, {s.kept - lookups} kept, {s.unsupported} unsupported"
+    if lookups:
+        line += f"; {lookups} low-bit embedding{'s' if lookups != 1 else ''} kept"
     return Text(line, style="bold")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +27,8 @@ _BITS = {
     TensorProto.FLOAT4E2M1: 4,
 }
 """Element types narrower than a byte."""
+
+_TYPES = frozenset(helper.get_all_tensor_dtypes())
 
 _AT_ONCE = 2**18
 """Bytes unpacked at a time: they stay in the cache."""
@@ -160,7 +163,8 @@ class Source:
 
     def _place(self, tensor: TensorProto) -> ExternalDataInfo:
         try:
-            info = ExternalDataInfo(tensor)
+            with warnings.catch_warnings(action="ignore"):  # of keys that ONNX does not know
+                info = ExternalDataInfo(tensor)
             if int(info.offset or 0) < 0 or int(info.length or 0) < 0:
                 raise ValueError("a negative number")
         except (ValueError, TypeError, AttributeError) as error:
@@ -176,14 +180,17 @@ class Source:
         if not location or relative.is_absolute() or ".." in relative.parts or "\0" in location:
             raise ModelError(f"{where}; it must be a relative path without '..'")
         file = self.folder
-        for part in relative.parts:
-            file = file / part
-            if file.is_symlink():
-                raise ModelError(
-                    f"{where}, which is or passes a symbolic link; it must be a file in the model's folder"
-                )
-        if not file.is_file():
-            raise ModelError(f"{where}, which does not exist in {str(self.folder)!r}")
+        try:
+            for part in relative.parts:
+                file = file / part
+                if file.is_symlink():
+                    raise ModelError(
+                        f"{where}, which is or passes a symbolic link; it must be a file in the model's folder"
+                    )
+            if not file.is_file():
+                raise ModelError(f"{where}, which does not exist in {str(self.folder)!r}")
+        except OSError as error:
+            raise ModelError(f"{where}, which cannot be looked for: {error.strerror}") from error
         return file
 
 
@@ -255,6 +262,14 @@ def _check(source: Source) -> None:
         if opset.version < 1:
             raise ModelError(f"{source.name} imports opset {opset.version} of domain {opset.domain or 'ai.onnx'!r}")
     for tensor in stored_tensors(proto):
+        if tensor.data_type not in _TYPES:
+            raise ModelError(
+                f"{source.name}: tensor {tensor.name!r} is of {type_name(tensor.data_type)}, expected one of ONNX's types"
+            )
+        if min(tensor.dims, default=0) < 0:
+            raise ModelError(
+                f"{source.name}: tensor {tensor.name!r} has shape {list(tensor.dims)}; a size is at least 0"
+            )
         if is_external(tensor):
             source.bytes_of(tensor)
 
@@ -263,6 +278,7 @@ def _texts(message: Message) -> Iterator[str | bytes]:
     """Every text of a message, the data of tensors left out."""
     if isinstance(message, TensorProto):
         yield message.name
+        yield from (text for entry in message.external_data for text in (entry.key, entry.value))
         return
     for field, value in message.ListFields():
         if field.type == field.TYPE_STRING:

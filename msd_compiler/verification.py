@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from .compare import argmax_agreement, max_abs, relative_l2
 from .errors import MsdError
-from .facts import LowBitWeight
+from .facts import ActivationCodes, LowBitWeight
 from .inputs import Feed, NoInputs, generate
 from .oracle import half_precision, is_widened, oracle_model, widen_inputs
 from .report import Method, OutputRow, SiteError, Verification
@@ -77,28 +77,41 @@ class _Runner:
         return outputs
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What a result is measured by, each a model run with optimizations off and half precision widened."""
+
+    oracle: Source
+    """What the result must mean."""
+    unrounded: Source | None = None
+    """The float model that the source's weights were rounded from."""
+    other_activations: Source | None = None
+    """The model with the roundings of its activations left out where they are kept, left in where they are left out."""
+
+
 def verify_whole(
     source: Source,
     result: Source,
     *,
+    reference: Reference | None = None,
     feeds: Sequence[Feed] | None = None,
     runs: int = 5,
     tolerance: float = 1e-3,
     clock: Clock | None = None,
     progress: Progress = silent,
     seed: int = 0,
-    unrounded: Source | None = None,
 ) -> Verification:
     """Run source and result on the same inputs and compare both with the oracle.
 
-    The oracle is the source with graph optimizations off, every accuracy level at 0 and half precision widened.
+    The oracle runs with graph optimizations off, every accuracy level at 0 and half precision widened.
     Beside the result stand what the user runs today (the source in a default session) and the result without the library.
 
     Args:
+        reference: the oracle, and what else to show the distance of; None: the source is it.
         feeds: inputs; None: made from the source's signature.
         runs: times that each is run for its median time, interleaved.
-        unrounded: the float model that the source was rounded from: its distance from the oracle stands beside the rows.
-        tolerance: largest relative L2 of any output; for a half-precision source, if that is more, twice its own distance.
+        tolerance: largest relative L2 of any output; if it is more, twice a half-precision source's own distance, and
+            what the source's rounding of its activations does: where it is kept, a difference of 1e-7 moves whole codes.
 
     Raises:
         NoInputs: no inputs were found on which the source runs.
@@ -108,9 +121,13 @@ def verify_whole(
     clock = clock or Clock(None)
     progress("verifying", 0, 4)
     half = half_precision(source.proto)
-    names, feeds, expected = _oracle_outputs(source, feeds, clock, seed)
+    reference = reference or Reference(source)
+    names, feeds, expected = _oracle_outputs(reference.oracle, feeds, clock, seed)
     own = _own_outputs(source, feeds, clock) if half else None
-    exact = _oracle_outputs(unrounded, feeds, clock, seed)[2] if unrounded else None
+    exact, other = (
+        _oracle_outputs(model, feeds, clock, seed)[2] if model else None
+        for model in (reference.unrounded, reference.other_activations)
+    )
     progress("verifying", 1, 4)
 
     native = _open(result, "the result")
@@ -136,6 +153,7 @@ def verify_whole(
                     baseline=today[i][j] if today else None,
                     source=own[i][j] if own else None,
                     unrounded=exact[i][j] if exact else None,
+                    other=other[i][j] if other else None,
                     half=half,
                     tolerance=tolerance,
                 )
@@ -212,6 +230,7 @@ def _row(
     baseline: np.ndarray | None,
     source: np.ndarray | None,
     unrounded: np.ndarray | None,
+    other: np.ndarray | None,
     half: int | None,
     tolerance: float,
 ) -> OutputRow:
@@ -221,6 +240,8 @@ def _row(
         tolerance = max(tolerance, 2 * own)
     if oracle.dtype in (np.int8, np.uint8):
         tolerance = max(tolerance, _rounding_of_codes(oracle))
+    if other is not None:
+        tolerance = max(tolerance, relative_l2(oracle, other))
     logits = _is_logits(name, oracle)
     return OutputRow(
         name=name,
@@ -230,6 +251,7 @@ def _row(
         tolerance=tolerance,
         source_relative_l2=own,
         rounding_relative_l2=None if unrounded is None else relative_l2(oracle, unrounded),
+        other_activations_relative_l2=None if other is None else relative_l2(result, other),
         baseline_relative_l2=None if baseline is None else relative_l2(baseline, oracle),
         baseline_max_abs=None if baseline is None else max_abs(baseline, oracle),
         portable_relative_l2=relative_l2(portable, oracle),
@@ -273,9 +295,13 @@ class RewrittenProduct:
     site: str
     node: onnx.NodeProto
     weight: LowBitWeight
+    codes: ActivationCodes | None
     alpha: float
     bias: np.ndarray | None
 
+
+CODES_TOLERANCE = 1e-5
+"""Largest relative L2 of a layer whose activation is given as codes: its products are exact."""
 
 ROWS = 4
 """Rows of the random activation that a single layer is verified on."""
@@ -329,24 +355,44 @@ def _site_error(
     for attribute in node.attribute:
         if attribute.name == "output_dtype":
             attribute.i = TensorProto.FLOAT
+    rng = np.random.default_rng(seed)
+    x, fed = _random_activation(product, rng)
+    feed = dict(zip(node.input, fed, strict=False))
+    value = onnx.helper.make_tensor_value_info
     alone = onnx.helper.make_model(
         onnx.helper.make_graph(
             [node],
             "site",
-            [onnx.helper.make_tensor_value_info(node.input[0], TensorProto.FLOAT, [ROWS, weight.k])],
-            [onnx.helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, [ROWS, weight.n])],
-            [stored[name] for name in node.input[1:]],
+            [value(n, onnx.helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in feed.items()],
+            [value(node.output[0], TensorProto.FLOAT, [ROWS, weight.n])],
+            [stored[name] for name in node.input[len(fed) :]],
         ),
         opset_imports=[onnx.helper.make_opsetid("", _ANY_OPSET), onnx.helper.make_opsetid(node.domain, 1)],
         ir_version=_ANY_IR,
     )
-    x = np.random.default_rng(seed).standard_normal((ROWS, weight.k)).astype(np.float32)
     session = open_model(alone, result.folder, name=f"layer {product.site!r}", log_severity_level=_SAY_NOTHING)
-    found = run(session, None, {node.input[0]: x})[0]
+    found = run(session, None, feed)[0]
     oracle = float64_product(x, weight, product.alpha, product.bias)
     return SiteError(
-        node=product.site, relative_l2=relative_l2(found, oracle), max_abs=max_abs(found, oracle), tolerance=tolerance
+        node=product.site,
+        relative_l2=relative_l2(found, oracle),
+        max_abs=max_abs(found, oracle),
+        tolerance=tolerance if product.codes is None else min(tolerance, CODES_TOLERANCE),
     )
+
+
+def _random_activation(product: RewrittenProduct, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
+    """An activation and the inputs that stand for it: itself, or codes with their scale and zero point."""
+    shape = (ROWS, product.weight.k)
+    if product.codes is None:
+        x = rng.standard_normal(shape).astype(np.float32)
+        return x, [x]
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(product.codes.element_type)
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    codes = rng.integers(low, high + 1, shape).astype(dtype)
+    zero_point = np.array(rng.integers(low, high + 1), dtype)
+    scale = np.array(4 / (high - low), np.float32)
+    return (codes.astype(np.float64) - zero_point) * scale, [codes, scale, zero_point]
 
 
 def float64_product(x: np.ndarray, weight: LowBitWeight, alpha: float, bias: np.ndarray | None) -> np.ndarray:

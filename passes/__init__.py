@@ -5,8 +5,10 @@ from __future__ import annotations
 from .fold_bias import FoldBias
 from .read_dequantized_product import ReadDequantizedGemm, ReadDequantizedMatMul
 from .read_matmul_nbits import ReadMatMulNBits
+from .report_embedding import ReportEmbedding
 from .report_quantized_activation import ReportFusedOp, ReportQuantizedActivation
 from .report_unquantized import ReportDequantizedWeight, ReportFloatWeight, ReportRuntimeWeight
+from .report_vendor_op import ReportVendorOp
 
 READERS = (
     ReadMatMulNBits(),
@@ -14,6 +16,8 @@ READERS = (
     ReadDequantizedGemm(),
     ReportQuantizedActivation(),
     ReportFusedOp(),
+    ReportVendorOp(),
+    ReportEmbedding(),
     ReportFloatWeight(),
     ReportDequantizedWeight(),
     ReportRuntimeWeight(),  # last: it takes what no other reader knew

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from math import prod
 
+import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto, helper
 
-from msd_compiler.facts import ReasonCode, Reject
-from msd_compiler.linked import Scope
+from msd_compiler.facts import ActivationCodes, LowBitWeight, ReasonCode, Reject
+from msd_compiler.linked import Linked, Scope
+from msd_compiler.source import type_name
 
 _MOVES_ONLY = frozenset({"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
 """Ops that leave an activation's values as they are."""
@@ -20,24 +23,78 @@ def origin(tensor: gs.Tensor) -> gs.Tensor:
     return tensor
 
 
-def refuse_quantized(x: gs.Tensor, scope: Scope, **known: int | str) -> None:
-    """See that ``x`` is a float activation.
+_CODE_TYPES = frozenset({TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT16, TensorProto.INT16})
+
+
+def given_codes(x: gs.Tensor, weight: LowBitWeight, scope: Scope, linked: Linked) -> ActivationCodes | None:
+    """The integers that the model's own rounding makes of an activation; None if it stays float.
 
     Raises:
-        Reject: it comes from a ``DequantizeLinear`` of something computed: the model rounds it, and means to.
+        Reject: it is rounded in a way that no exact product follows, or in one that onnxruntime follows as well.
     """
+    known: dict[str, int | str] = {"k": weight.k, "n": weight.n, "format": weight.format}
     start = origin(x)
-    producer = start.inputs[0] if start.inputs else None
-    if producer is None or producer.op != "DequantizeLinear" or scope.constant(producer.inputs[0]) is not None:
-        return
-    codes = producer.inputs[0]
-    node = codes.inputs[0] if codes.inputs else None
-    rounded_by = f"{node.op} {(node.name or codes.name)!r}" if node else f"input {codes.name!r}"
-    raise Reject(
-        ReasonCode.ACTIVATION_QUANTIZED,
-        f"the model itself gives its activation as integer codes ({rounded_by}); that rounding is part of its meaning",
-        **known,
-    )
+    node = start.inputs[0] if start.inputs else None
+    if node is None or node.op != "DequantizeLinear" or scope.constant(node.inputs[0]) is not None:
+        return None
+    codes, scale = node.inputs[0], node.inputs[1]
+    zero_point = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
+    element_type = _code_type(codes, zero_point, scope)
+    if element_type is None or element_type not in _CODE_TYPES:
+        name = "unknown" if element_type is None else type_name(element_type)
+        raise _not_followed(codes, f"of type {name}; 8 or 16 bits are needed", known)
+    for tensor, what in ((scale, "scale"), (zero_point, "zero point")):
+        if tensor is not None and not _is_single(tensor, scope, linked):
+            raise _not_followed(codes, f"whose {what} {tensor.name!r} is not one value", known)
+    if not weight.is_plain:
+        raise _not_followed(codes, "and its weight has scales along K, or zero points that are no integers", known)
+    if element_type == TensorProto.UINT8 and weight.format.startswith("uint8 per "):
+        raise Reject(
+            ReasonCode.ALREADY_EXACT,
+            "uint8 by uint8: onnxruntime multiplies these codes exactly, and as fast",
+            **known,
+        )
+    return ActivationCodes(codes, scale, zero_point, element_type, _moves(x, start))
+
+
+def _not_followed(codes: gs.Tensor, how: str, known: dict[str, int | str]) -> Reject:
+    producer = codes.inputs[0] if codes.inputs else None
+    source = f"{producer.op} {(producer.name or codes.name)!r}" if producer else f"input {codes.name!r}"
+    return Reject(ReasonCode.ACTIVATION_QUANTIZED, f"the model gives its activation as codes ({source}) {how}", **known)
+
+
+def _code_type(codes: gs.Tensor, zero_point: gs.Tensor | None, scope: Scope) -> int | None:
+    stored = None if zero_point is None else scope.constant(zero_point)
+    if stored is not None:
+        return int(stored.data_type)
+    producer = codes.inputs[0] if codes.inputs else None
+    if producer is not None and producer.op == "Cast":
+        return int(producer.attrs["to"])
+    if producer is not None and producer.op == "DynamicQuantizeLinear":
+        return int(TensorProto.UINT8)
+    if producer is not None and producer.op == "QuantizeLinear":
+        own = scope.constant(producer.inputs[2]) if len(producer.inputs) > 2 else None
+        return int(own.data_type if own is not None else producer.attrs.get("output_dtype", 0) or TensorProto.UINT8)
+    return None if codes.dtype is None else int(helper.np_dtype_to_tensor_dtype(np.dtype(codes.dtype)))
+
+
+def _is_single(tensor: gs.Tensor, scope: Scope, linked: Linked) -> bool:
+    stored = scope.constant(tensor)
+    if stored is not None:
+        return bool(prod(stored.dims) == 1)
+    if tensor.inputs and tensor.inputs[0].op == "DynamicQuantizeLinear":
+        return True
+    shape = linked.shape(scope, tensor)
+    return shape is not None and all(d == 1 for d in shape)
+
+
+def _moves(x: gs.Tensor, start: gs.Tensor) -> tuple[gs.Node, ...]:
+    """The nodes between the two, in the order of data flow."""
+    moves: list[gs.Node] = []
+    while x is not start:
+        moves.insert(0, x.inputs[0])
+        x = x.inputs[0].inputs[0]
+    return tuple(moves)
 
 
 def rows_of(shape: list[int | str | None] | None, *, last: int = 1) -> int | str | None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
 import numpy as np
 from onnx import TensorProto
 
-from msd_compiler.source import release
+from msd_compiler.facts import ReasonCode, Reject
+from msd_compiler.source import Source, release, type_name
 
 CODE_BITS = {
     TensorProto.INT8: 8,
@@ -24,6 +28,79 @@ FLOAT_TYPES = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFL
 
 _AT_ONCE = 2**24
 """Bytes changed at a time."""
+
+
+class Codes(ABC):
+    """The codes of a weight: their shape and type now, their numbers when they are needed."""
+
+    name: str
+    dims: tuple[int, ...]
+    data_type: int
+    """TensorProto type, one of `CODE_BITS` where the weight is read."""
+    bounds: tuple[int, int]
+    """Smallest and largest code that there can be."""
+
+    @abstractmethod
+    def array(self, part: int | None = None) -> np.ndarray:
+        """The numbers; ``part``: those of one index of the first dimension at least, the others may be anything.
+
+        Raises:
+            ModelError: they cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class StoredCodes(Codes):
+    """Codes as a tensor of the file."""
+
+    source: Source
+    tensor: TensorProto
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """See `Codes`."""
+        return str(self.tensor.name)
+
+    @property
+    def dims(self) -> tuple[int, ...]:  # type: ignore[override]
+        """See `Codes`."""
+        return tuple(self.tensor.dims)
+
+    @property
+    def data_type(self) -> int:  # type: ignore[override]
+        """See `Codes`."""
+        return int(self.tensor.data_type)
+
+    @property
+    def bounds(self) -> tuple[int, int]:  # type: ignore[override]
+        """See `Codes`."""
+        return code_range(self.data_type)
+
+    def array(self, part: int | None = None) -> np.ndarray:
+        """See `Codes`."""
+        return self.source.array(self.tensor)
+
+
+def refuse_type(what: str, data_type: int) -> None:
+    """See that codes are of a type that is read.
+
+    Raises:
+        Reject: they are not.
+    """
+    if data_type in CODE_BITS:
+        return
+    name = type_name(data_type)
+    needed = "int2, int4, int8 and their unsigned forms are multiplied directly"
+    raise Reject(
+        ReasonCode.WEIGHT_TYPE,
+        f"{what} {name}{', which has no small-integer form' if name.startswith('float') else ''}; {needed}",
+    )
+
+
+def code_range(data_type: int) -> tuple[int, int]:
+    """Smallest and largest code of a type."""
+    half = 1 << (CODE_BITS[data_type] - 1)
+    return (-half, half - 1) if data_type in SIGNED else (0, 2 * half - 1)
 
 
 def integers(values: np.ndarray) -> np.ndarray:

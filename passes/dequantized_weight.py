@@ -11,11 +11,24 @@ from onnx import TensorProto
 
 from msd_compiler.errors import ModelError
 from msd_compiler.facts import LowBitWeight, ReasonCode, Reject, WeightData, describe_format
-from msd_compiler.linked import Linked, Scope
+from msd_compiler.linked import Linked
+from msd_compiler.pattern import Match
 from msd_compiler.source import Source, type_name
 from msd_compiler.weight_view import NotAligned, WeightView
 
-from .codes import CODE_BITS, FLOAT_TYPES, SIGNED, integers, shared, unsigned
+from .codes import (
+    CODE_BITS,
+    FLOAT_TYPES,
+    SIGNED,
+    Codes,
+    StoredCodes,
+    code_range,
+    integers,
+    refuse_type,
+    shared,
+    unsigned,
+)
+from .quantized_constant import quantized_constant
 
 MOST_EXPERTS = 1024
 """Matrices of one weight that become a product each."""
@@ -30,7 +43,9 @@ class DequantizedWeight(LowBitWeight):
 
     source: Source
     where: str
-    codes: TensorProto
+    codes: Codes
+    width: int
+    """Bits that the codes and zero points need."""
     scales: TensorProto
     zero_points: TensorProto | None
     view: WeightView
@@ -51,7 +66,7 @@ class DequantizedWeight(LowBitWeight):
     @property
     def bits(self) -> int:  # type: ignore[override]
         """Width of the codes; 8 where zero points along K are taken into them."""
-        return 8 if self._scales_are_inputs and self.zero_points is not None else CODE_BITS[self.codes.data_type]
+        return 8 if self._scales_are_inputs and self.zero_points is not None else self.width
 
     @property
     def block_size(self) -> int | None:  # type: ignore[override]
@@ -67,7 +82,13 @@ class DequantizedWeight(LowBitWeight):
         varies_along_n = any(a.varies for a in self.view.dims[-1])
         granularity = "per input" if self._scales_are_inputs else "per channel" if varies_along_n else "per tensor"
         zero_points = "zero points" if self.zero_points is not None else ""
-        return describe_format(type_name(self.codes.data_type), self.block_size, granularity, zero_points)
+        kind = f"{'int' if self.codes.data_type in SIGNED else 'uint'}{self.width}"
+        return describe_format(kind, self.block_size, granularity, zero_points)
+
+    @property
+    def is_plain(self) -> bool:  # type: ignore[override]
+        """See `LowBitWeight`."""
+        return not self._scales_are_inputs
 
     @property
     def _scales_are_inputs(self) -> bool:
@@ -81,9 +102,9 @@ class DequantizedWeight(LowBitWeight):
 
     def load(self) -> WeightData:
         """See `LowBitWeight`."""
-        bits, signed = CODE_BITS[self.codes.data_type], self.codes.data_type in SIGNED
+        bits, signed = self.width, self.codes.data_type in SIGNED
         middle = 1 << (bits - 1) if signed else 0
-        codes = self._matrix(self.view.arrange_codes(self.source.array(self.codes)))[: self.k, : self.n]
+        codes = self._matrix(self.view.arrange_codes(self.codes.array(self._part)))[: self.k, : self.n]
         scales = self._columns(self.source.array(self.scales).astype(np.float32))
         if self.zero_points is None:
             zero_points = np.zeros((1, 1), np.int16)
@@ -106,6 +127,14 @@ class DequantizedWeight(LowBitWeight):
         zero = np.full((1, 1), -lowest, np.uint8)
         return WeightData((centred - lowest).astype(np.uint8), ones, zero, input_scales=scales[:, 0].copy())
 
+    @property
+    def _part(self) -> int | None:
+        """Index of the stored codes' first dimension that this matrix lies in, if it is a dimension of the view too."""
+        if not self.index or any(a.source[0] == 0 for dim in self.view.dims[1:] for a in dim):
+            return None
+        first = [a for a in self.view.dims[0] if a.size > 1]
+        return self.index[0] if all(a.source[0] == 0 for a in first) and self.codes.dims[0] > 1 else None
+
     def _matrix(self, values: np.ndarray) -> np.ndarray:
         return values[self.index] if self.index else values
 
@@ -115,32 +144,26 @@ class DequantizedWeight(LowBitWeight):
         return np.ascontiguousarray(matrix[:, : self.n])
 
 
-def read_dequantized(
-    scope: Scope, linked: Linked, dequantize: gs.Node, chain: tuple[gs.Node, ...], *, transposed: bool
-) -> tuple[tuple[DequantizedWeight, ...], int]:
+def read_dequantized(m: Match, linked: Linked, *, transposed: bool) -> tuple[tuple[DequantizedWeight, ...], int]:
     """The weight matrices behind a ``DequantizeLinear`` and the ops after it, and their element type.
 
     Args:
-        dequantize: its first two inputs are constants.
-        chain: Cast, Identity, Reshape, Transpose nodes between it and the product, in the order of data flow.
+        m: binds ``dequantize``, whose codes are stored or a `quantized_constant`, with constant ``scales`` and perhaps
+            ``zero_points``; and ``chain``, the Cast, Identity, Reshape, Transpose nodes between it and the product.
+        linked: the model.
         transposed: the product takes the matrices as ``[N, K]``.
 
     Raises:
         Reject: codes, scales or shapes that the op cannot hold.
         ModelError: scales or zero points do not fit the codes.
     """
-    source = linked.source
+    source, dequantize = linked.source, m.op("dequantize")
     where = f"{dequantize.op} {dequantize.name or dequantize.outputs[0].name!r}"
-    codes, scales, zero_points = (
-        scope.constant(t) if t is not None and not t.is_empty() else None for t in (*dequantize.inputs, None)[:3]
-    )
-    assert codes is not None
+    scales, stored_zero = m.scope.constant(m.tensor("scales")), m.maybe("zero_points")
+    zero_points = None if stored_zero is None else m.scope.constant(stored_zero)
     assert scales is not None
-    if codes.data_type not in CODE_BITS:
-        raise Reject(
-            ReasonCode.WEIGHT_TYPE,
-            f"weight {codes.name!r} is {type_name(codes.data_type)}; int2, int4, int8 and their unsigned forms are multiplied directly",
-        )
+    codes = _codes(m, linked)
+    refuse_type(f"weight {codes.name!r} is", codes.data_type)
     if scales.data_type not in FLOAT_TYPES:
         raise Reject(
             ReasonCode.WEIGHT_TYPE, f"scales {scales.name!r} are {type_name(scales.data_type)}; a float type is needed"
@@ -149,14 +172,14 @@ def read_dequantized(
     view = _stored_view(source, where, dequantize, codes, scales, zero_points)
     element_type = int(dequantize.attrs.get("output_dtype", 0) or scales.data_type)
     try:
-        for node in chain:
+        for node in m.chain("chain"):
             if node.op == "Cast":
                 element_type = int(node.attrs["to"])
             elif node.op == "Transpose":
                 rank = len(view.dims)
                 view = view.transposed(tuple(node.attrs.get("perm", range(rank)[::-1])))
             elif node.op == "Reshape":
-                view = view.reshaped(_reshape_target(node, view, linked.array(scope, node.inputs[1])))
+                view = view.reshaped(_reshape_target(node, view, linked.array(m.scope, node.inputs[1])))
     except (NotAligned, IndexError, KeyError) as error:
         name = node.name or node.outputs[0].name
         raise Reject(
@@ -176,19 +199,49 @@ def read_dequantized(
             ReasonCode.SCALE_LAYOUT,
             f"weight {codes.name!r} holds {prod(view.shape[:-2])} matrices; up to {MOST_EXPERTS} are taken apart",
         )
+    if any(view.real_size(d) != view.shape[d] for d in range(len(view.dims) - 2)):
+        raise Reject(
+            ReasonCode.SCALE_LAYOUT,
+            f"weight {codes.name!r} has blocks across its {view.real_size(0)} matrices, the last one incomplete",
+        )
     indices = list(np.ndindex(*view.shape[:-2])) if len(view.dims) > 2 else [()]
+    width = _width(codes, zero_points, source)
     weights = tuple(
-        DequantizedWeight(source, where, codes, scales, zero_points, view, tuple(index)) for index in indices
+        DequantizedWeight(source, where, codes, width, scales, zero_points, view, tuple(index)) for index in indices
     )
     _check_groups(weights[0] if weights else None, codes.name)
     return weights, element_type
+
+
+def _codes(m: Match, linked: Linked) -> Codes:
+    if "quantize" in m.bound:
+        return quantized_constant(m, linked)
+    stored = m.scope.constant(m.tensor("codes"))
+    assert stored is not None
+    return StoredCodes(linked.source, stored)
+
+
+def _width(codes: Codes, zero_points: TensorProto | None, source: Source) -> int:
+    """Bits that codes and zero points need: Brevitas keeps 4-bit codes in int8, between two bounds."""
+    stored = CODE_BITS[codes.data_type]
+    if codes.bounds == code_range(codes.data_type):
+        return stored
+    used = list(codes.bounds)
+    if zero_points is not None:
+        used += [int(z) for z in integers(source.array(zero_points)).reshape(-1)]
+    for bits in (2, 4):
+        half = 1 << (bits - 1)
+        lowest, highest = (-half, half - 1) if codes.data_type in SIGNED else (0, 2 * half - 1)
+        if lowest <= min(used) and max(used) <= highest:
+            return min(bits, stored)
+    return stored
 
 
 def _stored_view(
     source: Source,
     where: str,
     dequantize: gs.Node,
-    codes: TensorProto,
+    codes: Codes,
     scales: TensorProto,
     zero_points: TensorProto | None,
 ) -> WeightView:
@@ -198,9 +251,7 @@ def _stored_view(
         raise ModelError(f"{source.name}: {where} has axis {axis}, but its weight {codes.name!r} has rank {rank}")
     axis = axis % rank if axis < rank else rank - 1
     try:
-        view = WeightView.stored_as(
-            tuple(codes.dims), tuple(scales.dims), axis, int(dequantize.attrs.get("block_size", 0))
-        )
+        view = WeightView.stored_as(codes.dims, tuple(scales.dims), axis, int(dequantize.attrs.get("block_size", 0)))
     except ValueError as error:
         raise ModelError(f"{source.name}: {where}: scales {scales.name!r} have {error}") from error
     if zero_points is not None:
@@ -241,7 +292,7 @@ def _check_groups(weight: DequantizedWeight | None, name: str) -> None:
             **known,
         )
     if weight._scales_are_inputs and weight.zero_points is not None:
-        span = 2 ** CODE_BITS[weight.codes.data_type] - 1
+        span = 2**weight.width - 1
         zero_points = integers(weight.source.array(weight.zero_points))
         if span + int(zero_points.max()) - int(zero_points.min()) > 255:
             raise Reject(

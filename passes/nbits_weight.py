@@ -53,6 +53,11 @@ class NBitsWeight(LowBitWeight):
         return describe_format(f"uint{self.bits}" if zero_points else f"int{self.bits}", self.block, "", zero_points)
 
     @property
+    def is_plain(self) -> bool:  # type: ignore[override]
+        """See `LowBitWeight`."""
+        return self.zero_points is None or self.zero_points.data_type not in FLOAT_TYPES
+
+    @property
     def _scales_are_in(self) -> str:
         return f"{self.source.name}: {self.where}, scales {self.scales.name!r}"
 

@@ -1,4 +1,7 @@
-"""DequantizeLinear -> [Cast | Identity | Reshape | Transpose]* -> MatMul | Gemm -> QuantizedLinear, weight on either side."""
+"""DequantizeLinear -> [Cast | Identity | Reshape | Transpose]* -> MatMul | Gemm -> QuantizedLinear, weight on either side.
+
+The codes are stored, or made of a float constant (`quantized_constant`).
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,22 @@ import onnx_graphsurgeon as gs
 
 from msd_compiler.facts import QuantizedLinear, ReasonCode, Reject
 from msd_compiler.linked import Linked
-from msd_compiler.pattern import DEFAULT_DOMAINS, Any, Chain, Const, Match, Maybe, Op
+from msd_compiler.pattern import DEFAULT_DOMAINS, Any, Chain, Const, Match, Maybe, OneOf, Op
 from msd_compiler.reader import Reader
 
-from .activation import refuse_quantized, rows_of, transposed
+from .activation import given_codes, rows_of, transposed
 from .constants import row_vector
 from .dequantized_weight import DequantizedWeight, read_dequantized
+from .quantized_constant import CLIP, QUANTIZE
 
 DEQUANTIZED = Chain(
     ("Cast", "Identity", "Reshape", "Transpose"),
     Op(
-        "DequantizeLinear",
-        Const("codes"),
+        ("DequantizeLinear", "TRT_INT4DequantizeLinear"),  # the second as modelopt writes the first for TensorRT
+        OneOf((Const("codes"), QUANTIZE, CLIP)),
         Const("scales"),
         Maybe(Const("zero_points")),
-        domains=(*DEFAULT_DOMAINS, "com.microsoft"),
+        domains=(*DEFAULT_DOMAINS, "com.microsoft", "trt"),
         name="dequantize",
     ),
     name="chain",
@@ -31,8 +35,10 @@ DEQUANTIZED = Chain(
 
 
 def _form(m: Match) -> str:
-    between = [node.op for node in m.chain("chain")]
-    return " -> ".join(["DequantizeLinear", *between, m.op("product").op])
+    before = [*m.chain("before"), m.op("quantize")] if "quantize" in m.bound else []
+    clip = [m.op("clip")] if "clip" in m.bound else []
+    nodes = [*before, *clip, m.op("dequantize"), *m.chain("chain"), m.op("product")]
+    return " -> ".join(node.op for node in nodes)
 
 
 def _known(weight: DequantizedWeight) -> dict[str, int | str]:
@@ -71,11 +77,9 @@ class ReadDequantizedMatMul(Reader):
         """See `Reader`."""
         node, x = m.op("product"), m.tensor("x")
         on_the_left = node.inputs[0] is not x
-        weights, element_type = read_dequantized(
-            m.scope, linked, m.op("dequantize"), m.chain("chain"), transposed=on_the_left
-        )
+        weights, element_type = read_dequantized(m, linked, transposed=on_the_left)
         weight = weights[0]
-        refuse_quantized(x, m.scope, **_known(weight))
+        codes = given_codes(x, weight, m.scope, linked)
         shape = linked.shape(m.scope, x)
         x_rank = None if shape is None else len(shape)
         batch = weight.view.shape[:-2]
@@ -96,6 +100,7 @@ class ReadDequantizedMatMul(Reader):
             m,
             weights,
             element_type,
+            codes=codes,
             swapped=(turned, turned),
             x_shape=None if shape is None else tuple(shape),
             y_rank=y_rank,
@@ -130,13 +135,11 @@ class ReadDequantizedGemm(Reader):
         on_the_left = node.inputs[0] is not x
         trans_a, trans_b = (bool(node.attrs.get(a, 0)) for a in ("transA", "transB"))
         weight_transposed = trans_a if on_the_left else trans_b
-        weights, element_type = read_dequantized(
-            m.scope, linked, m.op("dequantize"), m.chain("chain"), transposed=weight_transposed != on_the_left
-        )
+        weights, element_type = read_dequantized(m, linked, transposed=weight_transposed != on_the_left)
         weight = weights[0]
         if len(weight.view.dims) != 2:
             raise Reject(ReasonCode.SCALE_LAYOUT, f"Gemm takes matrices, its weight has rank {len(weight.view.dims)}")
-        refuse_quantized(x, m.scope, **_known(weight))
+        codes = given_codes(x, weight, m.scope, linked)
         x_swapped = not trans_b if on_the_left else trans_a
 
         shape = linked.shape(m.scope, x)
@@ -148,6 +151,7 @@ class ReadDequantizedGemm(Reader):
             m,
             weights,
             element_type,
+            codes=codes,
             alpha=float(node.attrs.get("alpha", 1.0)),
             bias=None if bias is None else (bias * np.float32(beta)),
             addend=c if bias is None else None,

@@ -10,7 +10,7 @@ from msd_compiler.linked import Linked
 from msd_compiler.pattern import Any, Match, Maybe, Op
 from msd_compiler.reader import Reader
 
-from .activation import refuse_quantized, rows_of
+from .activation import given_codes, rows_of
 from .nbits_weight import nbits_weight
 
 
@@ -35,7 +35,7 @@ class ReadMatMulNBits(Reader):
         """See `Reader`."""
         node, x = m.op("product"), m.tensor("x")
         weight = nbits_weight(m.scope, linked, node)
-        refuse_quantized(x, m.scope, k=weight.k, n=weight.n, format=weight.format)
+        codes = given_codes(x, weight, m.scope, linked)
         bias = None
         if m.maybe("bias") is not None:
             value = linked.array(m.scope, m.tensor("bias"))
@@ -64,6 +64,7 @@ class ReadMatMulNBits(Reader):
             weights=(weight,),
             element_type=weight.scales.data_type,
             bias=bias,
+            codes=codes,
             x_shape=None if shape is None else tuple(shape),
             y_rank=None if shape is None else len(shape),
             rows=rows_of(shape),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from onnx import TensorProto
+
 from msd_compiler.facts import ReasonCode, Reject
 from msd_compiler.linked import Linked
 from msd_compiler.pattern import DEFAULT_DOMAINS, Any, Match, Maybe, Op
 from msd_compiler.reader import Reader
 from msd_compiler.source import type_name
+from msd_compiler.unfuse import PRODUCTS, activation_type
 
 _DOMAINS = (*DEFAULT_DOMAINS, "com.microsoft")
 
@@ -54,9 +57,15 @@ class ReportQuantizedActivation(Reader):
         if len(weight.dims) == 2:
             k, n = weight.dims[::-1] if node.attrs.get("transB", 0) else weight.dims
             known |= {"k": k, "n": n}
+        if node.op in PRODUCTS and weight.data_type == activation_type(m.scope, node) == TensorProto.UINT8:
+            raise Reject(
+                ReasonCode.ALREADY_EXACT,
+                "uint8 by uint8: onnxruntime multiplies these codes exactly, and as fast",
+                **known,
+            )
         raise Reject(
             ReasonCode.ACTIVATION_QUANTIZED,
-            f"{node.op} takes its activation as integer codes; that rounding is part of the model's meaning",
+            f"{node.op} takes its activation as integer codes, in a spelling that is not followed to its float result",
             **known,
         )
 

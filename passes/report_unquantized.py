@@ -12,7 +12,7 @@ from msd_compiler.reader import Reader
 from msd_compiler.source import type_name
 
 from .activation import origin
-from .codes import CODE_BITS, FLOAT_TYPES
+from .codes import FLOAT_TYPES, refuse_type
 
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
 _DOMAINS = (*DEFAULT_DOMAINS, "com.microsoft")
@@ -72,11 +72,7 @@ class ReportDequantizedWeight(Reader):
         if codes is None:
             _refuse_input(m.tensor("codes"), m)
             return  # an activation that the model rounds
-        if codes.data_type not in CODE_BITS:
-            raise Reject(
-                ReasonCode.WEIGHT_TYPE,
-                f"weight {codes.name!r} is {type_name(codes.data_type)}; integers of 2, 4 or 8 bits are multiplied directly",
-            )
+        refuse_type(f"weight {codes.name!r} is", codes.data_type)
         for name, what in (("scales", "scales"), ("zero_points", "zero points")):
             tensor = m.maybe(name)
             if tensor is not None and m.scope.constant(tensor) is None:

@@ -142,6 +142,7 @@ def _exact(value: np.ndarray | TensorProto) -> np.ndarray:
 
 def _evaluate(graph: onnx.GraphProto, outer: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     values = dict(outer)
+    types = {t.name: t.data_type for t in graph.initializer}
     values.update((t.name, _exact(t)) for t in graph.initializer if t.name not in outer or t.name not in values)
     for node in graph.node:
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -159,7 +160,12 @@ def _evaluate(graph: onnx.GraphProto, outer: dict[str, np.ndarray]) -> dict[str,
             values.update(zip(node.output, carried, strict=True))
         else:
             inputs = [values[name] if name else None for name in node.input]
-            values[node.output[0]] = _OPS[node.op_type](*inputs, **attributes)
+            if node.op_type == "QuantizeLinear" and len(inputs) == 3:
+                attributes["output_dtype"] = types[node.input[2]]
+            if node.op_type == "QLinearMatMul":
+                attributes["output_dtype"] = types[node.input[7]]
+            made = _OPS[node.op_type](*inputs, **attributes)
+            values.update(zip(node.output, made if isinstance(made, tuple) else (made,), strict=False))
     return values
 
 
@@ -182,6 +188,53 @@ def dequantize(w, s, z=None, *, axis=1, block_size=0, output_dtype=0):
         return v.reshape([-1 if d == axis % w.ndim else 1 for d in range(w.ndim)])
 
     return (w - (0 if z is None else spread(z))) * spread(s)
+
+
+def quantize(x, s, z=0, *, axis=1, block_size=0, output_dtype=TensorProto.UINT8):
+    """ONNX QuantizeLinear: saturate(round(x / s) + z), divided in float32, ties to even."""
+    low, high = code_range(TensorProto.DataType.Name(output_dtype).lower())
+    scales = dequantize(np.ones_like(x), s, axis=axis, block_size=block_size)
+    zeros = -dequantize(np.zeros_like(x), np.ones_like(s), np.asarray(z), axis=axis, block_size=block_size)
+    return np.clip(np.rint(np.float32(x) / np.float32(scales)) + zeros, low, high).astype(np.int64)
+
+
+def dynamic_quantize(x):
+    """ONNX DynamicQuantizeLinear, in float32: codes, scale, zero point."""
+    x = np.float32(x)
+    low, high = np.minimum(x.min(), np.float32(0)), np.maximum(x.max(), np.float32(0))
+    scale = (high - low) / np.float32(255)
+    zero = np.clip(np.rint(-low / scale), 0, 255)
+    return np.clip(np.rint(x / scale) + zero, 0, 255).astype(np.int64), np.float64(scale), np.int64(zero)
+
+
+def matmul_integer(a, b, az=0, bz=0):
+    """ONNX MatMulInteger: zero points of one value, or of b one per column."""
+    return (a - az) @ (b - bz)
+
+
+def _qgemm(a, a_s, az, b, b_s, bz, c=0, y_s=None, yz=None, *, alpha=1.0, transA=0, transB=0):
+    b = b.T if transB else b
+    product = matmul_integer(a.T if transA else a, b, az, bz)
+    return alpha * a_s * b_s * (product + c)
+
+
+def _qlinear_matmul(a, a_s, az, b, b_s, bz, y_s, yz, *, output_dtype):
+    return quantize(matmul_integer(a, b, az, bz) * a_s * b_s, y_s, yz, output_dtype=output_dtype)
+
+
+def _dynamic_quantize_matmul(x, b, b_s, bz=None, bias=None):
+    codes, scale, zero = dynamic_quantize(x)
+    return matmul_integer(codes, b, zero, 0 if bz is None else bz) * scale * b_s + (0 if bias is None else bias)
+
+
+def _matmul_integer_to_float(a, b, a_s, b_s, az=None, bz=None, bias=None):
+    product = matmul_integer(a, b, 0 if az is None else az, 0 if bz is None else bz)
+    return product * a_s * b_s + (0 if bias is None else bias)
+
+
+def _clip(x, low=None, high=None):
+    x = x if low is None else np.maximum(x, low)
+    return x if high is None else np.minimum(x, high)
 
 
 def dequantize_nbits(b, s, z=None, *, K, N, bits=4, block_size, **_):
@@ -222,10 +275,19 @@ def _matmul_nbits(x, b, s, z=None, g_idx=None, bias=None, **attributes):
 _OPS = {
     "Constant": _constant,
     "DequantizeLinear": dequantize,
+    "QuantizeLinear": quantize,
+    "DynamicQuantizeLinear": dynamic_quantize,
+    "MatMulInteger": matmul_integer,
+    "QLinearMatMul": _qlinear_matmul,
+    "QGemm": _qgemm,
+    "DynamicQuantizeMatMul": _dynamic_quantize_matmul,
+    "MatMulIntegerToFloat": _matmul_integer_to_float,
+    "Clip": _clip,
     "Cast": lambda x, to: x,  # activations are made so that none rounds
     "Identity": lambda x: x,
     "Reshape": _reshape,
     "Transpose": lambda x, perm=None: np.transpose(x, perm),
+    "Gather": lambda x, indices, axis=0: np.take(x, indices, axis),
     "MatMul": np.matmul,
     "Gemm": _gemm,
     "MatMulNBits": _matmul_nbits,

@@ -1,6 +1,6 @@
 """The part of a function body that reads a stored weight and cuts an activation into its groups: shared by all ops on `layout`.
 
-Steps of the function text, over the op's inputs ``B``, ``scales``, ``zero_points``, ``offsets``, ``bias`` and ``plan``.
+Steps of the function text, over the op's inputs ``B``, ``scales``, ``zero_points``, ``bias`` and ``plan``.
 B is unpacked with long inner runs, the codes of a byte outermost and the quads turned before the tiles: the runtime folds
 that when a session starts, and a broadcast or transpose of single bytes is twenty times slower.
 """
@@ -64,15 +64,10 @@ WEIGHT = f"""
     zero_points_2d = Reshape (zero_points_t, columns_shape)
     zero_points_cut = Slice (zero_points_2d, at_0, n, at_1)
     zero_points_GN = Expand (zero_points_cut, zero_points_shape)
-    offsets_t = Transpose <perm = [1, 0, 2]> (offsets)
-    offsets_2d = Reshape (offsets_t, columns_shape)
-    offsets_cut = Slice (offsets_2d, at_0, n, at_1)
-    offsets_3d = Reshape (offsets_cut, middle_shape)
     scales_float = Expand (scales_3d, per_column)
-    offsets_float = Expand (offsets_3d, per_column)
 """
-"""Makes ``w_GBN`` (uint8 codes), ``zero_points_GN``, ``scales_float`` and ``offsets_float`` ([G, 1, N]), and the plan's ``k``,
-``bits``, ``block``, with ``n`` and ``groups``."""
+"""Makes ``w_GBN`` (uint8 codes), ``zero_points_GN`` and ``scales_float`` ([G, 1, N]), and the plan's ``k``, ``bits``, ``block``,
+with ``n`` and ``groups``."""
 
 GROUPS = """
     rows_shape = Concat <axis = 0> (minus_one, k)

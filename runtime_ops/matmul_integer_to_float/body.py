@@ -7,43 +7,39 @@ For the rest see `matmul.body`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import onnx
 from onnx import parser
 
 from ..matmul.weight_body import GROUPS, OLDEST_OPSET, WEIGHT
-from ..spelling import Reductions, reshape_with_zeros
+from ..spelling import reshape_with_zeros
 
-_SCAN = """
-    m = Shape (x_groups)
-    m_1 = Slice (m, at_0, at_1)
-    acc_shape = Concat <axis = 0> (m_1, n)
-    acc_zero = Expand (zero_f, acc_shape)
-    acc = Scan <num_scan_inputs = {inputs}, body = group (
-            float[?, ?] sum_in, {planes}, float[?, 1] r, uint8[?, ?] w, float[1, ?] sw, uint8[?] z, float[1, ?] o
-        ) => (float[?, ?] sum_out) {{
-        {product}
-        product = Cast <to = 1> (exact)
-        drift = Mul (o, r)
-        centred = Sub (product, drift)
-        scale = Mul (s_x, sw)
-        contribution = Mul (centred, scale)
-        sum_out = Add (sum_in, contribution)
-    }}> (acc_zero, {digits}, sums_GM1, w_GBN, scales_float, zero_points_GN, offsets_float)
-"""
 
-_BYTE = """
+@dataclass(frozen=True)
+class _Width:
+    """How codes of one width are multiplied: inputs of the product by name, and the text of it."""
+
+    digits: tuple[str, ...]
+    """uint8 tensors [M, K] that a code is made of."""
+    setup: str
+    product: str
+    """From ``d0``, ``d1``, the weight ``w`` and its zero points ``z`` to ``exact``: an integer, in int32 or double."""
+
+
+_BYTE = _Width(
+    ("codes_byte",),
+    """
     codes_byte = Cast <to = 2> (codes)
-    z_byte = Cast <to = 2> (z_code)
-    codes_GMB = Transpose <perm = [1, 0, 2]> (codes_byte)
-    """ + _SCAN.format(
-    inputs=6, planes="uint8[?, ?] d", product="exact = MatMulInteger (d, w, z_byte, z)", digits="codes_GMB"
+    z0 = Cast <to = 2> (z_code)""",
+    "exact = MatMulInteger (d0, w, z0, z)",
 )
-
-_TWO_BYTES = """
+_TWO_BYTES = _Width(
+    ("high_byte", "low_byte"),
+    """
     byte = Constant <value = float {256}> ()
-    byte_int32 = Constant <value = int32 {256}> ()
+    byte_double = Constant <value = double {256}> ()
     high_raw = Div (codes, byte)
     high = Floor (high_raw)
     high_codes = Mul (high, byte)
@@ -54,20 +50,56 @@ _TWO_BYTES = """
     z_low = Sub (z_code, z_high_code)
     high_byte = Cast <to = 2> (high)
     low_byte = Cast <to = 2> (low)
-    z_high_byte = Cast <to = 2> (z_high)
-    z_low_byte = Cast <to = 2> (z_low)
-    high_GMB = Transpose <perm = [1, 0, 2]> (high_byte)
-    low_GMB = Transpose <perm = [1, 0, 2]> (low_byte)
-    """ + _SCAN.format(
-    inputs=7,
-    planes="uint8[?, ?] dh, uint8[?, ?] dl",
-    product="""
-        high_product = MatMulInteger (dh, w, z_high_byte, z)
-        low_product = MatMulInteger (dl, w, z_low_byte, z)
-        high_weighted = Mul (high_product, byte_int32)
-        exact = Add (high_weighted, low_product)""",
-    digits="high_GMB, low_GMB",
+    z0 = Cast <to = 2> (z_high)
+    z1 = Cast <to = 2> (z_low)""",
+    """
+    high_product = MatMulInteger (d0, w, z0, z)
+    low_product = MatMulInteger (d1, w, z1, z)
+    high_exact = Cast <to = 11> (high_product)
+    low_exact = Cast <to = 11> (low_product)
+    high_weighted = Mul (high_exact, byte_double)
+    exact = Add (high_weighted, low_exact)""",
 )
+
+
+def _whole(width: _Width) -> str:
+    """All K at once: one scale and zero point per column."""
+    return f"""
+    {width.setup}
+    {chr(10).join(f"d{i} = Reshape ({digit}, whole_shape)" for i, digit in enumerate(width.digits))}
+    w_shape_2d = Concat <axis = 0> (minus_one, n)
+    w = Reshape (w_GBN, w_shape_2d)
+    z_rows = Slice (zero_points_GN, at_0, at_1, at_0)
+    z = Reshape (z_rows, n)
+    {width.product}
+    product = Cast <to = 1> (exact)
+    sw = Reshape (scales_first, n)
+    scale = Mul (s_x, sw)
+    acc = Mul (product, scale)
+    """
+
+
+def _grouped(width: _Width) -> str:
+    count = len(width.digits)
+    inputs = ", ".join(f"uint8[?, ?] d{i}" for i in range(count))
+    turned = "\n".join(f"d{i}_GMB = Transpose <perm = [1, 0, 2]> ({digit})" for i, digit in enumerate(width.digits))
+    return f"""
+    {width.setup}
+    {turned}
+    m = Shape (x_groups)
+    m_1 = Slice (m, at_0, at_1)
+    acc_shape = Concat <axis = 0> (m_1, n)
+    acc_zero = Expand (zero_f, acc_shape)
+    acc = Scan <num_scan_inputs = {count + 3}, body = group (
+            float[?, ?] sum_in, {inputs}, uint8[?, ?] w, float[1, ?] sw, uint8[?] z
+        ) => (float[?, ?] sum_out) {{
+        {width.product}
+        product = Cast <to = 1> (exact)
+        scale = Mul (s_x, sw)
+        contribution = Mul (product, scale)
+        sum_out = Add (sum_in, contribution)
+    }}> (acc_zero, {", ".join(f"d{i}_GMB" for i in range(count))}, w_GBN, scales_float, zero_points_GN)
+    """
 
 
 @cache
@@ -79,11 +111,10 @@ def matmul_integer_to_float_body(opset: int) -> onnx.FunctionProto:
     """
     if opset < OLDEST_OPSET:
         raise ValueError(f"msd.MatMulIntegerToFloat has a body from opset {OLDEST_OPSET} on, got {opset}")
-    reduce = Reductions(opset)
     text = f"""
 <domain: "msd", opset_import: ["" : {opset}]>
 MatMulIntegerToFloat <layout>
-        (A, a_scale, a_zero_point, B, scales, zero_points, offsets, bias, plan) => (Y) {{
+        (A, a_scale, a_zero_point, B, scales, zero_points, bias, plan) => (Y) {{
     {WEIGHT}
     code_bits = Slice (plan, at_3, at_4)
     signed = Slice (plan, at_4, at_5)
@@ -104,21 +135,29 @@ MatMulIntegerToFloat <layout>
     z_one = Reshape (z_float, one_shape)
     x = Sub (a_float, z_one)
     {GROUPS}
-    {reduce("code_sums", "ReduceSum", "x_groups", 2)}
-    sums_GM1 = Transpose <perm = [1, 0, 2]> (code_sums)
     z_shifted = Add (z_one, shift)
     codes = Add (x_groups, z_shifted)
     z_code = Reshape (z_shifted, no_shape)
-    y_rows = If <
+    scales_shape = Shape (scales)
+    scale_groups = Slice (scales_shape, at_1, at_2)
+    one_scale = Equal (scale_groups, at_1)
+    whole_shape = Concat <axis = 0> (minus_one, k_padded)
+    scales_first = Slice (scales_float, at_0, at_1, at_0)
+    acc_rows = If <
         then_branch = two_bytes () => (float[?, ?] y16) {{
-            {_TWO_BYTES}
-            y16 = Add (acc, bias)
+            y16 = If <
+                then_branch = whole_of_two () => (float[?, ?] y16w) {{ {_whole(_TWO_BYTES)} y16w = Identity (acc) }},
+                else_branch = groups_of_two () => (float[?, ?] y16g) {{ {_grouped(_TWO_BYTES)} y16g = Identity (acc) }}
+            > (one_scale)
         }},
         else_branch = one_byte () => (float[?, ?] y8) {{
-            {_BYTE}
-            y8 = Add (acc, bias)
+            y8 = If <
+                then_branch = whole_of_one () => (float[?, ?] y8w) {{ {_whole(_BYTE)} y8w = Identity (acc) }},
+                else_branch = groups_of_one () => (float[?, ?] y8g) {{ {_grouped(_BYTE)} y8g = Identity (acc) }}
+            > (one_scale)
         }}
     > (is_wide)
+    y_rows = Add (acc_rows, bias)
     a_shape = Shape (A)
     leading = Slice (a_shape, at_0, minus_one)
     y_shape = Concat <axis = 0> (leading, n)

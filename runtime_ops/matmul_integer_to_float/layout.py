@@ -11,6 +11,9 @@ from ..matmul.layout import Storage
 LONGEST_GROUP = 128
 """A sum of 128 products |Q - z| <= 65535 by |w - z| <= 255 fits int32, and 256 do not."""
 
+LONGEST_SUM = 32768
+"""K up to which a column may have one scale: so many products of bytes fit int32."""
+
 
 @dataclass(frozen=True)
 class CodesPlan(Storage):

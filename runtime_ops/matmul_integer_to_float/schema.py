@@ -24,7 +24,6 @@ SCHEMA = _Schema(
         _Schema.FormalParameter("B", "tensor(uint8)", "packed weight codes, [tiles, groups, lines, 64]"),
         _Schema.FormalParameter("scales", "tensor(float)", "weight units per code, [tiles, groups or 1, 16]"),
         _Schema.FormalParameter("zero_points", "tensor(uint8)", "[tiles, groups or 1, 16] or [1, 1, 1]"),
-        _Schema.FormalParameter("offsets", "tensor(float)", "what a zero point has beyond its integer; same shapes"),
         _Schema.FormalParameter("bias", "tensor(float)", "[N]"),
         _Schema.FormalParameter("plan", "tensor(int64)", "[5]: K, bits, block_size, code_bits, signed"),
     ],

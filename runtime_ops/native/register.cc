@@ -24,7 +24,7 @@ OrtCustomOpDomain* domain_of(const OrtApi* api) {
   }
   OrtCustomOpDomain* domain = nullptr;
   check(ort::CreateCustomOpDomain::call(api, "msd", &domain));
-  for (const auto ops : {matmul_ops, matmul_integer_to_float_ops}) {
+  for (const auto ops : {matmul_ops, matmul_integer_to_float_ops, attention_ops}) {
     for (const OrtCustomOp* op : ops(api)) check(ort::CustomOpDomainAdd::call(api, domain, op));
   }
   first = new Registered{api, domain, first};

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import io
 import json
 
 import jsonschema
+from rich.console import Console
 from support import compiled, model, weight
 
+from msd_compiler import screen
 from msd_compiler.report import (
     UNSUPPORTED,
     Outcome,
@@ -47,6 +50,21 @@ def test_a_model_without_report_has_none():
     assert embedded_report(plain) is None
     plain.metadata_props.add(key="msd.report", value='{"version": 99}')
     assert embedded_report(plain) is None
+
+
+def test_embeddings_are_counted_apart():
+    nodes = "e = Gather(d, i)  y = Add(p, e)"
+    proto = model(
+        GRAPH.replace("M, 64] x", "M, 64] x, int64[M] i")
+        .replace("y = MatMul", "p = MatMul")
+        .replace("}", f"{nodes} }}"),
+        **weight("int8", (64, 32), (32,)),
+    )
+    console = Console(width=80, record=True, file=io.StringIO())
+    screen.print_report(console, compiled(proto).report)
+    first, *rest = console.export_text().splitlines()
+    assert first == "1 linear layers: 1 rewritten, 0 kept, 0 unsupported; 1 low-bit embedding kept"
+    assert "embedding: 'e': a lookup multiplies nothing: it reads the rows that it needs" in rest
 
 
 def test_every_reason_code_means_one_outcome():

@@ -80,14 +80,9 @@ def test_large_models_are_verified_layer_by_layer(monkeypatch):
 
 
 def test_layers_that_the_time_does_not_reach_are_counted():
-    source = two_layers()
-    linked = api.Linked.of(Source(source, None))
-    sites = api.find_sites(linked, api.READERS, api.REFINERS)
-    facts = [(s, s.found, api.Choice()) for s in sites]
-    rows = [api._row(linked.source, s, api.Choice()) for s in sites]
-    proto, products = api._rewrite(
-        linked, facts, api._report(linked.source, rows), api.WeightStore(None), verification.silent
-    )
+    decided = api.decide(Source(two_layers(), None), api.Options(), verification.silent)
+    report = api._report(decided.source, decided.rows)
+    proto, products = api._rewrite(decided, report, api.WeightStore(None), verification.silent)
     found = verification.verify_sites(Source(proto, None), products, clock=verification.Clock(1e-9))
     assert (len(found.sites), found.note) == (1, "1 of 2 layers in the time given")
 

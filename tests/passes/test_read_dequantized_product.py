@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from support import (
@@ -24,6 +25,7 @@ from support import (
 )
 
 from msd_compiler.errors import ModelError
+from msd_compiler.report import Outcome
 from msd_compiler.runtime import RuntimeRefused, session
 
 K, N = 40, 20
@@ -235,6 +237,11 @@ ALONG_K = [
     Spelling("float16", "d = DQ<axis=0>  y = MatMul(x, d)", weight("int8", (K, N), (K,), floats="float16"), "int8 per input", result=["Cast", "Mul", "msd.MatMul", "Cast"], floats="float16"),
 ]
 
+SMOOTHED = [
+    Spelling("SmoothQuant", "m = Mul(x, f)  d = DQ  y = MatMul(m, d)", INT8 | {"f": weight("int8", (1,), (K,))["s"]}, "int8 per channel", result=INPUTS),
+    Spelling("AWQ", "m = Mul(x, f)  d = DQ<axis=0, block_size=8>  y = MatMul(m, d)", weight("int4", (K, N), (5, N), True) | {"f": weight("int8", (1,), (K,))["s"]}, "int4 block 8, zero points", result=INPUTS),
+]
+
 HALVES = [
     Spelling("float16", "d = DQ  y = MatMul(x, d)", HALF, "int8 per channel", floats="float16"),
     Spelling("float16 per tensor", "d = DQ  y = MatMul(x, d)", weight("int8", (K, N), (1,), True, floats="float16"), "int8 per tensor, zero points", floats="float16"),
@@ -256,6 +263,7 @@ SPELLINGS = {
     "rank 3": RANK_3,
     "Gemm": GEMMS,
     "along K": ALONG_K,
+    "scaled activation": SMOOTHED,
     "half": HALVES,
 }
 
@@ -293,6 +301,42 @@ def test_shared_with_something_else():
     kept = {t.name: t for t in done.model.graph.initializer}
     for stored in source.graph.initializer:
         assert kept[stored.name] == stored
+
+
+def test_a_tied_head():
+    """The table stays for the lookup, and the head gets its own packing."""
+    source = model(
+        """(int64[3] ids) => (float[3,20] logits) {
+            d = DequantizeLinear<axis=0>(w, s)  x = Gather(d, ids)  h = Relu(x)  t = Transpose(d)  logits = MatMul(h, t) }""",
+        **weight("int8", (N, K), (N,)),
+    )
+    done = compiled(source)
+    found = {row.kind: (row.outcome, row.format) for row in done.report.sites}
+    assert found == {
+        "linear": (Outcome.REWRITTEN, "int8 per channel"),
+        "embedding": (Outcome.KEPT, "int8 per channel"),
+    }
+    assert ops(done.model) == ["DequantizeLinear", "Gather", "Relu", "msd.MatMul"]
+    feed = {"ids": np.array([3, 0, 19])}
+    for portable in (False, True):
+        found = run(done.model, feed, portable=portable)["logits"]
+        assert relative_l2(found, meaning(source, feed)["logits"]) <= TOLERANCE
+
+
+def test_tensorrt_s_name():
+    """onnxruntime does not know the op; the result is that of the same model in ONNX's words."""
+    known = model(
+        "(float[3,40] x) => (float[3,20] y) { d = DequantizeLinear<axis=0, block_size=20>(w, s)  y = MatMul(x, d) }",
+        **weight("int4", (K, N), (2, N)),
+    )
+    other = onnx.ModelProto()
+    other.CopyFrom(known)
+    other.graph.node[0].op_type, other.graph.node[0].domain = "TRT_INT4DequantizeLinear", "trt"
+    other.opset_import.add(domain="trt", version=1)
+    done = compiled(other)
+    assert done.report.sites[0].form == "TRT_INT4DequantizeLinear -> MatMul"
+    assert done.model.graph == compiled(known).model.graph
+    assert run(done.model, {"x": activation((3, K))})["y"].shape == (3, N)
 
 
 def test_bfloat16():

@@ -39,13 +39,15 @@ def tensor(data_type, *dims):
     return helper.make_tensor("", data_type, dims, bytes(int(np.prod(dims)) // 2), raw=True)
 
 
+FLOAT_T = {"w": np.ones((N, K), np.float32)}
+LOOKUP = "y = com.microsoft.GatherBlockQuantized<block_size=16, gather_axis=0, quantize_axis=1>(w, x, s)"
 DQ = "d = DequantizeLinear(w, s)  y = MatMul(x, d)"
 EXPERTS = weight("int8", (4, K, N), (N,))
 IN_UINT8 = "q = QuantizeLinear(x, xs, xz)  "
 Q = {"xs": np.float32(0.02), "xz": np.uint8(128)}
-A, F, L, R, U, W = (
-    ReasonCode.ACTIVATION_QUANTIZED, ReasonCode.FLOAT_WEIGHT, ReasonCode.SCALE_LAYOUT, ReasonCode.RUNTIME_WEIGHT,
-    ReasonCode.UNKNOWN_RANK, ReasonCode.WEIGHT_TYPE,
+A, E, F, L, R, U, W, X = (
+    ReasonCode.ACTIVATION_QUANTIZED, ReasonCode.EMBEDDING, ReasonCode.FLOAT_WEIGHT, ReasonCode.SCALE_LAYOUT,
+    ReasonCode.RUNTIME_WEIGHT, ReasonCode.UNKNOWN_RANK, ReasonCode.WEIGHT_TYPE, ReasonCode.ALREADY_EXACT,
 )  # fmt: skip
 
 # fmt: off
@@ -72,18 +74,18 @@ TABLE = [
       for what, name, shape in (("weight", "b", "uint8[20,3,8]"), ("scales", "s", "float[20,3]"), ("zero points", "z", "uint8[20,2]"))),
     Kept("MatMulNBits, bias is an input", R, "its bias 'c' is not stored in the file", nbits("x, b, s, , , c"), NBITS, inputs="float[3,40] x, float[20] c"),
 
-    Kept("QuantizeLinear before MatMul", A, "gives its activation as integer codes (QuantizeLinear 'quantize'); that rounding is part of its meaning",
-         "[quantize] q = QuantizeLinear(x, xs, xz)  f = DequantizeLinear(q, xs, xz)  " + DQ.replace("(x", "(f"), INT8 | Q, {"k": K, "n": N, "format": "int8 per channel"}),
-    Kept("integer input", A, "gives its activation as integer codes (input 'x')", "f = DequantizeLinear(x, xs)  " + DQ.replace("(x", "(f"), INT8 | Q, inputs="int8[3,40] x"),
-    Kept("Reshape between", A, "(QuantizeLinear 'q')", IN_UINT8 + "f = DequantizeLinear(q, xs, xz)  r = Reshape(f, shape)  " + DQ.replace("(x", "(r"), INT8 | Q | {"shape": np.array([-1, K])}),
-    Kept("Gemm", A, "(QuantizeLinear 'q')", IN_UINT8 + "f = DequantizeLinear(q, xs, xz)  d = DequantizeLinear(w, s)  y = Gemm(f, d)", INT8 | Q),
-    Kept("on the left", A, "(QuantizeLinear 'q')", IN_UINT8 + "f = DequantizeLinear(q, xs, xz)  d = DequantizeLinear<axis=0>(w, s)  y = MatMul(d, f)", weight("int8", (N, K), (N,)) | Q, inputs="float[40,3] x"),
-    Kept("MatMulNBits", A, "(QuantizeLinear 'q')", IN_UINT8 + "f = DequantizeLinear(q, xs, xz)  " + nbits("f, b, s"), NBITS | Q),
-    Kept("MatMulInteger", A, "MatMulInteger takes its activation as integer codes", "q, qs, qz = DynamicQuantizeLinear(x)  i = MatMulInteger(q, w, qz)  y = Cast<to=1>(i)", {"w": INT8["w"]}, {"k": K, "n": N, "format": "int8"}),
-    Kept("QLinearMatMul", A, "QLinearMatMul takes its activation as integer codes", IN_UINT8 + "i = QLinearMatMul(q, xs, xz, w, s, z, xs, xz)  y = DequantizeLinear(i, xs, xz)", weight("int8", (K, N), (N,), True) | Q),
-    Kept("DynamicQuantizeMatMul", A, "DynamicQuantizeMatMul takes its activation as integer codes", "y = com.microsoft.DynamicQuantizeMatMul(x, w, s)", INT8),
-    Kept("MatMulIntegerToFloat", A, "MatMulIntegerToFloat takes its activation as integer codes", IN_UINT8 + "y = com.microsoft.MatMulIntegerToFloat(q, w, xs, s, xz)", INT8 | Q),
-    Kept("QGemm", A, "QGemm takes its activation as integer codes", IN_UINT8 + "y = com.microsoft.QGemm<transB=1>(q, xs, xz, w, s, z)", weight("int8", (N, K), (N,), True) | Q),
+    Kept("int32 codes", A, "gives its activation as codes (Cast 'q') of type int32; 8 or 16 bits are needed",
+         "q = Cast<to=6>(x)  f = DequantizeLinear(q, xs)  " + DQ.replace("(x", "(f"), INT8 | Q, {"k": K, "n": N, "format": "int8 per channel"}),
+    Kept("scale per channel", A, "whose scale 'xs' is not one value", "f = DequantizeLinear<axis=1>(x, xs)  " + DQ.replace("(x", "(f"),
+         INT8 | {"xs": np.ones(K, np.float32)}, inputs="int8[3,40] x"),
+    Kept("scale computed", A, "whose scale 'zs' is not one value", "zs = Abs(t)  q = QuantizeLinear(x, zs, xz)  f = DequantizeLinear(q, zs, xz)  " + DQ.replace("(x", "(f"),
+         INT8 | Q, inputs="float[3,40] x, float[M] t"),
+    Kept("codes, scales along K", A, "its weight has scales along K, or zero points that are no integers", IN_UINT8 + "f = DequantizeLinear(q, xs, xz)  d = DequantizeLinear<axis=0>(w, s)  y = MatMul(f, d)", weight("int8", (K, N), (K,)) | Q),
+    Kept("codes, float zero points", A, "or zero points that are no integers", IN_UINT8 + "f = DequantizeLinear(q, xs, xz)  " + nbits("f, b, s, z"), nbits_weight(K, N, 16, zeros="float32") | Q),
+    Kept("MatMulInteger to int32", A, "MatMulInteger takes its activation as integer codes, in a spelling that is not followed", "q, qs, qz = DynamicQuantizeLinear(x)  i = MatMulInteger(q, w, qz)  y = Cast<to=1>(i)", {"w": INT8["w"]}, {"k": K, "n": N, "format": "int8"}),
+    Kept("MatMulInteger, uint8 by uint8", X, "uint8 by uint8: onnxruntime multiplies these codes exactly", "q, qs, qz = DynamicQuantizeLinear(x)  i = MatMulInteger(q, w, qz)  c = Cast<to=1>(i)  t = Mul(qs, s)  y = Mul(c, t)", weight("uint8", (K, N), (N,)), {"k": K, "n": N, "format": "uint8"}),
+    Kept("DynamicQuantizeMatMul, uint8", X, "uint8 by uint8", "y = com.microsoft.DynamicQuantizeMatMul(x, w, s)", weight("uint8", (K, N), (N,))),
+    Kept("QDQ, uint8 by uint8", X, "uint8 by uint8", IN_UINT8 + "f = DequantizeLinear(q, xs, xz)  " + DQ.replace("(x", "(f"), weight("uint8", (K, N), (N,)) | Q),
 
     *(Kept(f"opset {opset}, {name}", ReasonCode.OPSET_TOO_OLD, f"the model imports opset {opset}; msd.MatMul needs 11 or later", nodes, tensors, opset=opset)
       for opset in (9, 10) for name, nodes, tensors in (("MatMulNBits", nbits(), NBITS), ("com.microsoft", DQ.replace("Deq", "com.microsoft.Deq"), INT8))),
@@ -91,7 +93,18 @@ TABLE = [
 
     Kept("int16", W, "weight 'w' is int16; int2, int4, int8 and their unsigned forms are multiplied directly", DQ, {"w": np.ones((K, N), np.int16), "s": np.ones(N, np.float32)}, {}),
     Kept("int32", W, "weight 'w' is int32", DQ, {"w": np.ones((K, N), np.int32), "s": np.ones(N, np.float32)}, {}),
-    Kept("float8", W, "weight 'w' is float8e4m3fn", DQ, {"w": np.ones((K, N), ml_dtypes.float8_e4m3fn), "s": np.ones(N, np.float32)}, {}),
+    Kept("float8", W, "weight 'w' is float8e4m3fn, which has no small-integer form; int2, int4", DQ, {"w": np.ones((K, N), ml_dtypes.float8_e4m3fn), "s": np.ones(N, np.float32)}, {}),
+    *(Kept(f"{domain}.{op}", W, f"its weight comes from {domain}.{op} 'd': {why}; integers of 2, 4 or 8 bits", f"{before}  d = {domain}.{op}(q, s)  t = Transpose(d)  y = MatMul(x, t)",
+           FLOAT_T | {"s": np.ones(N, np.float32)}, {})
+      for domain, op, why, before in (
+          ("trt", "TRT_FP8DequantizeLinear", "its codes are float8", "q = trt.TRT_FP8QuantizeLinear(w, s)"),
+          ("trt", "TRT_MXFP8DequantizeLinear", "its codes are float8", "q = trt.TRT_MXFP8DynamicQuantize(w)"),
+          ("trt", "TRT_FP4DynamicQuantize", "its codes are float4", "q = Identity(w)"),
+          ("com.amd.quark", "ExtendedDequantizeLinear", "its codes may be of types that ONNX's own op does not have", "q = com.amd.quark.ExtendedQuantizeLinear(w, s)"),
+          ("com.amd.quark", "BFPQuantizeDequantize", "it rounds to block floating point", "q = Identity(w)"),
+          ("com.amd.quark", "MXQuantizeDequantize", "it rounds to a microscaling format", "q = Cast<to=1>(w)"),
+      )),
+    Kept("vendor's op on the left", W, "its weight comes from trt.TRT_FP8DequantizeLinear 'd'", "d = trt.TRT_FP8DequantizeLinear(w, s)  y = MatMul(d, x)", FLOAT_T | {"s": np.float32(1)}, {}, "float[40,3] x"),
     Kept("float4", W, "weight 'w' is float4e2m1", DQ, {"w": tensor(TensorProto.FLOAT4E2M1, K, N), "s": np.ones(N, np.float32)}, {}, opset=23),
     Kept("float4, scales dequantized", W, "weight 'w' is float4e2m1", "t = DequantizeLinear(s8, g)  d = DequantizeLinear<axis=0, block_size=20>(w, t)  c = Cast<to=1>(d)  y = MatMul(x, c)",
          {"w": tensor(TensorProto.FLOAT4E2M1, K, N), "s8": np.ones((2, N), ml_dtypes.float8_e4m3fn), "g": np.float32(1)}, {}, opset=23),
@@ -124,6 +137,8 @@ TABLE = [
          "d = DequantizeLinear<axis=2>(w, s)  y = MatMul(x, d)", EXPERTS, inputs="float[3,2,40] x"),
     Kept("experts by a symbol", L, "the activation 'x' of shape ['E', 2, 40] does not pair with them", "d = DequantizeLinear<axis=2>(w, s)  y = MatMul(x, d)", EXPERTS, inputs="float[E,2,40] x"),
     Kept("experts by a vector", L, "the activation 'x' of shape [40] does not pair with them", "d = DequantizeLinear<axis=2>(w, s)  y = MatMul(x, d)", EXPERTS, inputs="float[40] x"),
+    Kept("blocks of experts", L, "weight 'w' has blocks across its 20 matrices, the last one incomplete",
+         "d = DequantizeLinear<axis=0, block_size=16>(w, s)  y = MatMul(x, d)", weight("int8", (20, 1, N), (2, 1, N)), {}, "float[3,1] x"),
     Kept("rank 4", L, "its weight holds [2, 4] matrices", "d = DequantizeLinear<axis=3>(w, s)  y = MatMul(x, d)", weight("int8", (2, 4, K, N), (N,)), inputs="float[2,4,3,40] x"),
 
     Kept("on the left", U, "the rank of its activation 'x' is unknown, which a weight on the left needs", "d = DequantizeLinear<axis=0>(w, s)  y = MatMul(d, x)", weight("int8", (N, K), (N,)), inputs="float[] x"),
@@ -132,6 +147,17 @@ TABLE = [
     Kept("g_idx", ReasonCode.COLUMN_ORDER, "its columns are assigned to groups by 'g'", nbits("x, b, s, , g"), NBITS | {"g": np.arange(K, dtype=np.int32)[::-1] // 16}),
     Kept("g_idx is an input", ReasonCode.COLUMN_ORDER, "its columns are assigned to groups by 'g'", nbits("x, b, s, , g"), NBITS, inputs="float[3,40] x, int32[40] g"),
 
+    *(Kept(f"{name}, {words}", E, "a lookup multiplies nothing: it reads the rows that it needs", nodes, tensors, {"kind": "embedding", "form": form, "k": None, "format": words}, inputs="int64[3] x")
+      for name, form, nodes, tensors, words in (
+          ("GatherBlockQuantized", "GatherBlockQuantized", LOOKUP, weight("int4", (K, 32), (K, 2)), "int4 block 16"),
+          ("GatherBlockQuantized, zero points", "GatherBlockQuantized", LOOKUP.replace("s)", "s, z)"), weight("uint4", (K, 32), (K, 2), True), "uint4 block 16, zero points"),
+          ("GatherBlockQuantized, bytes", "GatherBlockQuantized", LOOKUP.replace("<", "<bits=8,"), weight("uint8", (K, 32), (K, 2)), "int8 block 16"),
+          ("GatherBlockQuantized, Reshape", "GatherBlockQuantized", "r = Reshape(w, shape)  " + LOOKUP.replace("(w", "(r"), weight("uint8", (K, 2, 8), (K, 2)) | {"shape": np.array([K, 16])}, "int4 block 16"),
+          ("Gather", "Gather", "d = DequantizeLinear(w, s)  y = Gather(d, x)", INT8, "int8 per channel"),
+          ("Gather, Cast", "Gather", "d = DequantizeLinear(w, s, z)  c = Cast<to=10>(d)  y = Gather(c, x)", weight("uint8", (K, N), (), True), "uint8 per tensor, zero points"),
+          ("Gather of codes", "DequantizeLinear", "g = Gather(w, x)  y = DequantizeLinear(g, s)", weight("int8", (K, N), ()), "int8 per tensor"),
+          ("Gather of codes and scales", "DequantizeLinear", "g = Gather(w, x)  t = Gather(s, x)  y = DequantizeLinear<axis=0>(g, t)", weight("int8", (K, N), (K,)), "int8 per channel"),
+      )),
     Kept("MatMulBnb4", ReasonCode.FUSED_OP, "MatMulBnb4: its codes (bitsandbytes FP4/NF4) are no small integers", "y = com.microsoft.MatMulBnb4<K=40, N=20, block_size=16, quant_type=1>(x, b, s)", {"b": np.ones(400, np.uint8), "s": np.ones(50, np.float32)}, {}),
     Kept("QMoE", ReasonCode.FUSED_OP, "QMoE: mixture-of-experts layers are not taken apart", "y = com.microsoft.QMoE(x, r, b, s, , b, s)", {"r": np.ones((3, 4), np.float32), "b": np.ones((4, 20, 20), np.uint8), "s": np.ones((4, 40), np.float32)}, {}),
     Kept("MatMulFpQ4", ReasonCode.FUSED_OP, "MatMulFpQ4: its block format predates MatMulNBits", "y = com.microsoft.MatMulFpQ4(x, b, s)", {"b": np.ones(400, np.uint8), "s": np.array([K, N])}, {}),
@@ -148,7 +174,9 @@ NO_SITE = {
     "a column": ("y = MatMul(x, w)", {"w": np.ones((K, 1), np.float32)}, "float[3,40] x"),
     "integers": ("y = MatMul(x, w)", {"w": np.ones((K, N), np.int32)}, "int32[3,40] x"),
     "two constants": ("c = MatMul(w, v)  y = Add(x, c)", {"v": np.ones((3, K), np.float32), "w": np.ones((K, N), np.float32)}, "float[3,20] x"),
-    "embedding": ("d = DequantizeLinear(w, s)  y = Gather(d, x)", INT8, "int64[3] x"),
+    "float embedding": ("y = Gather(w, x)", FLOAT, "int64[3] x"),
+    "a lookup of one number each": ("d = DequantizeLinear(w, s)  y = Gather(d, x)", weight("int8", (K,), ()), "int64[3] x"),
+    "two activations that an op of a vendor codes": ("f = trt.TRT_FP8DequantizeLinear(x, s)  y = MatMul(f, f)", {"s": np.float32(1)}, "float[4,4] x"),
     "convolution": ("d = DequantizeLinear<axis=0>(w, s)  y = Conv(x, d)", weight("int8", (4, 3, 2, 2), (4,)), "float[1,3,8,8] x"),
     "another op of that name": ("y = my.MatMulNBits<K=40, N=20, bits=4, block_size=16>(x, b, s)", NBITS, "float[3,40] x"),
     "another MatMul": ("d = DequantizeLinear(w, s)  y = my.MatMul(x, d)", INT8, "float[3,40] x"),
@@ -158,7 +186,11 @@ NO_SITE = {
 
 def source(row):
     scalar = "double" if "double" in row.inputs else "float"
-    return model(f"({row.inputs}) => ({scalar}[] y) {{ {row.nodes} }}", opset=row.opset, **row.tensors)
+    proto = model(f"({row.inputs}) => ({scalar}[] y) {{ {row.nodes} }}", opset=row.opset, **row.tensors)
+    for domain in ("trt", "com.amd.quark"):
+        if f"{domain}." in row.nodes:
+            proto.opset_import.add(domain=domain, version=1)
+    return proto
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=f"{row.code}: {row.name}") for row in TABLE])
@@ -166,18 +198,24 @@ def test_reason(row):
     found = only_row(source(row))
     assert (found.reason_code, row.words in found.reason) == (row.code, True), found.reason
     assert {name: getattr(found, name) for name in row.known} == row.known
-    kept = {A, F, R, ReasonCode.OPSET_TOO_OLD}
+    kept = {A, E, F, R, X, ReasonCode.OPSET_TOO_OLD}
     assert found.outcome is (Outcome.KEPT if row.code in kept else Outcome.UNSUPPORTED)
     assert found.terms is None
 
 
 def test_every_code_has_a_row():
-    rewritten = {ReasonCode.ROUNDED_DOWNSTREAM, ReasonCode.WEIGHT_ROUNDED}
+    rewritten = {
+        ReasonCode.ROUNDED_DOWNSTREAM,
+        ReasonCode.WEIGHT_ROUNDED,
+        ReasonCode.ACTIVATION_CODES,
+        ReasonCode.ACTIVATION_UPGRADED,
+    }
     assert {row.code for row in TABLE} == set(ReasonCode) - rewritten
 
 
 @pytest.mark.parametrize(("nodes", "tensors", "inputs"), NO_SITE.values(), ids=NO_SITE)
 def test_no_site(nodes, tensors, inputs):
     proto = model(f"({inputs}) => (float[] y) {{ {nodes} }}", **tensors)
-    proto.opset_import.add(domain="my", version=1)
+    for domain in ("my", "trt"):
+        proto.opset_import.add(domain=domain, version=1)
     assert rows(proto) == []

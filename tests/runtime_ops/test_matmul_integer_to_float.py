@@ -20,7 +20,7 @@ from onnx import helper
 from support import needs_opset
 
 TYPES = [np.uint8, np.int8, np.uint16, np.int16]
-WEIGHT = ["B", "scales", "zero_points", "offsets", "bias", "plan"]
+WEIGHT = ["B", "scales", "zero_points", "bias", "plan"]
 OPERANDS = ["A", "a_scale", "a_zero_point", *WEIGHT]
 
 
@@ -43,12 +43,11 @@ class Case:
         o, n = self.operands, len(self.operands["bias"])
         plan = CodesPlan.of(o["plan"])
         of = np.arange(plan.k) // plan.block_size
-        zeros, offsets, scales = (
-            unpack_columns(o[name], n, plan.groups).astype(np.float64)[of]
-            for name in ("zero_points", "offsets", "scales")
+        zeros, scales = (
+            unpack_columns(o[name], n, plan.groups).astype(np.float64)[of] for name in ("zero_points", "scales")
         )
         x = (o["A"].astype(np.float64) - float(o["a_zero_point"])) * float(o["a_scale"])
-        return x @ ((self.codes - zeros - offsets) * scales) + o["bias"]
+        return x @ ((self.codes - zeros) * scales) + o["bias"]
 
 
 def case(
@@ -63,26 +62,20 @@ def case(
     one: bool = False,
     seed: int = 0,
 ) -> Case:
-    """Random operands over the whole range of every type; ``one``: a single zero point and no offsets."""
+    """Random operands over the whole range of every type; ``one``: a single zero point, and a column's one scale."""
     rng = np.random.default_rng(seed)
     info = np.iinfo(dtype)
     plan = CodesPlan(k, bits, block, info.bits, info.min < 0)
     codes = rng.integers(0, 2**bits, (k, n)).astype(np.uint8)
-    shape = (plan.groups, n)
-    single = np.full((1, 1, 1), 2 ** (bits - 1), np.uint8), np.zeros((1, 1, 1), np.float32)
-    many = (
-        pack_columns(rng.integers(0, 256, shape).astype(np.uint8)),
-        pack_columns(rng.normal(size=shape).astype(np.float32)),
-    )
-    zero_points, offsets = single if one else many
+    shape = (1 if one else plan.groups, n)
+    zero_points = pack_columns(rng.integers(0, 256, shape).astype(np.uint8))
     operands = {
         "A": rng.integers(info.min, info.max + 1, (rows, k)).astype(dtype),
         "a_scale": np.array(0.013, np.float32),
         "a_zero_point": np.array(rng.integers(info.min, info.max + 1) if zero is None else zero, dtype),
         "B": pack_codes(codes, plan),
         "scales": pack_columns(rng.uniform(0.01, 1, shape).astype(np.float32)),
-        "zero_points": zero_points,
-        "offsets": offsets,
+        "zero_points": np.full((1, 1, 1), 2 ** (bits - 1), np.uint8) if one and seed % 2 else zero_points,
         "bias": rng.normal(size=n).astype(np.float32),
         "plan": plan.tensor(),
     }
@@ -92,7 +85,7 @@ def case(
 def model(dtype: type, opset: int = 17, **attributes: object) -> bytes:
     value, onnx_type = helper.make_tensor_value_info, helper.np_dtype_to_tensor_dtype
     types = {"A": dtype, "a_scale": np.float32, "a_zero_point": dtype, "B": np.uint8, "zero_points": np.uint8}
-    types |= {"scales": np.float32, "offsets": np.float32, "bias": np.float32, "plan": np.int64}
+    types |= {"scales": np.float32, "bias": np.float32, "plan": np.int64}
     node = helper.make_node(
         "MatMulIntegerToFloat", OPERANDS, ["Y"], "site", domain="msd", **({"layout": LAYOUT} | attributes)
     )
@@ -138,8 +131,9 @@ def test_kernels(variant, run, dtype, bits):
 def test_body(run, dtype, opset):
     needs_opset(opset)
     for rows, k, n, bits, block in [(1, 1, 1, 8, 4), (3, 40, 20, 4, 16), (7, 300, 33, 8, 128), (2, 20, 18, 2, 128)]:
-        product = case(dtype, rows, k, n, bits=bits, block=block, seed=k)
-        assert_same_bits(run(product, native=False, opset=opset), product.reference())
+        for one in (False, True):
+            product = case(dtype, rows, k, n, bits=bits, block=block, one=one, seed=k)
+            assert_same_bits(run(product, native=False, opset=opset), product.reference())
 
 
 @pytest.mark.parametrize("rows", [1, 9])
@@ -169,18 +163,20 @@ def test_largest_sums(variant, run, dtype, weight, rows):
     n=st.integers(1, 40),
     bits=st.sampled_from([2, 4, 8]),
     block=st.integers(1, 128),
+    one=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_sizes(run, dtype, rows, k, n, bits, block, seed):
-    product = case(dtype, rows, k, n, bits=bits, block=block, seed=seed)
+def test_any_sizes(run, dtype, rows, k, n, bits, block, one, seed):
+    product = case(dtype, rows, k, n, bits=bits, block=block, one=one, seed=seed)
     expected = product.reference()
     assert_same_bits(run(product), expected)
     exact = product.exact()
     assert np.linalg.norm(expected - exact) <= 1e-6 * max(np.linalg.norm(exact), np.abs(exact).max() * 10)
 
 
-def test_threads_and_rows_change_nothing(run):
-    product = case(np.uint16, 300, 1000, 200, bits=4, block=64)
+@pytest.mark.parametrize("one", [False, True])
+def test_threads_and_rows_change_nothing(run, one):
+    product = case(np.uint16, 300, 1000, 200, bits=4, block=64, one=one)
     expected = product.reference()
     for threads in (1, 2):
         for rows in (1, 7, 128, 300):
@@ -196,6 +192,23 @@ def test_rank(run, shape, native):
     assert_same_bits(run(product, native=native), product.reference())
 
 
+def test_one_scale_has_the_bits_of_the_chain(run, helpers):
+    """MatMulInteger -> Cast -> Mul(., Mul(s_a, s_w)) -> Add, as onnxruntime's quantizer writes it."""
+    product = case(np.uint8, 5, 700, 40, block=128, one=True)
+    o = product.operands
+    zeros = np.broadcast_to(unpack_columns(o["zero_points"], 40, 1)[0], 40).copy()
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]> chain (uint8[m, 700] a, float s, uint8 z) => (float[m, 40] y) {
+        c = MatMulInteger(a, w, z, wz)  f = Cast <to = 1> (c)  p = Mul(s, sw)  v = Mul(f, p)  y = Add(v, b)
+    }"""
+    chain = onnx.parser.parse_model(text)
+    stored = {"w": product.codes, "wz": zeros, "sw": unpack_columns(o["scales"], 40, 1)[0], "b": o["bias"]}
+    chain.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in stored.items())
+    session = ort.InferenceSession(chain.SerializeToString(), helpers.options(native=False, optimize=False))
+    expected = session.run(None, {"a": o["A"], "s": o["a_scale"], "z": o["a_zero_point"]})[0]
+    assert_same_bits(run(product), expected)
+
+
 REFUSED = {
     "scale of two values": ({"a_scale": np.ones(2, np.float32)}, r"a_scale has shape \[2\], needed one value"),
     "zero point empty": ({"a_zero_point": np.ones(0, np.uint8)}, r"a_zero_point has shape \[0\], needed one value"),
@@ -203,6 +216,20 @@ REFUSED = {
     "block 129": ({"plan": np.array([40, 8, 129, 8, 0])}, "plan has block_size = 129, needed 1 to 128"),
     "16 bits": ({"plan": np.array([40, 8, 16, 16, 0])}, "plan has code_bits = 16, needed 8, A's width"),
     "signed": ({"plan": np.array([40, 8, 16, 8, 1])}, "plan has signed = 1, needed 0, as A is"),
+    "zero points per group, one scale": (
+        {"scales": np.ones((3, 1, 16), np.float32)},
+        "zero_points differ between groups where scales do not, needed one group of both",
+    ),
+    "one scale for a long K": (
+        {
+            "A": np.ones((1, 32800), np.uint8),
+            "plan": np.array([32800, 8, 16, 8, 0]),
+            "B": np.zeros((3, 2050, 4, 64), np.uint8),
+            "scales": np.ones((3, 1, 16), np.float32),
+            "zero_points": np.ones((1, 1, 1), np.uint8),
+        },
+        "scales has one group for K = 32800, needed K up to 32768 or a scale per group",
+    ),
     "B of another weight": ({"B": np.zeros((3, 3, 4, 63), np.uint8)}, r"B has shape \[3, 3, 4, 63\], needed"),
 }
 

@@ -59,12 +59,14 @@ bool machine_has(Isa isa) {
   switch (isa) {
     case Isa::kScalar:
       return true;
-    case Isa::kAvx2:
+    case Isa::kAvx2: {
 #if defined(MSD_X86)
-      return has_avx2_and_f16c();
+      static const bool has = has_avx2_and_f16c();  // asked at every call of an op, and slow on a virtual machine
+      return has;
 #else
       return false;
 #endif
+    }
   }
   return false;
 }

@@ -10,38 +10,19 @@ constexpr int64_t kPanelBytes = 1152 * 1024;
 
 // [tiles, groups, 16], [tiles, 1, 16] or, where `may_be_single`, [1, 1, 1].
 template <typename T>
-Columns<T> read_columns(const Tensor* inputs, WeightInput input, int64_t tiles, int64_t groups, bool may_be_single) {
-  const std::vector<int64_t>& shape = inputs[input].shape;
-  const auto* base = static_cast<const T*>(inputs[input].data);
+Columns<T> read_columns(const Tensor& tensor, const char* name, int64_t tiles, int64_t groups, bool may_be_single) {
+  const std::vector<int64_t>& shape = tensor.shape;
+  const auto* base = static_cast<const T*>(tensor.data);
   if (may_be_single && shape == std::vector<int64_t>{1, 1, 1}) return {base, 0, 0, true};
   const bool fits =
       shape.size() == 3 && shape[0] == tiles && (shape[1] == groups || shape[1] == 1) && shape[2] == kTile;
   if (!fits) {
-    throw Refused{std::string(kWeightInputNames[input]) + " has shape " + text_of(shape) + ", needed " +
+    throw Refused{std::string(name) + " has shape " + text_of(shape) + ", needed " +
                   text_of({tiles, groups, kTile}) + ", " + text_of({tiles, 1, kTile}) +
                   (may_be_single ? " or [1, 1, 1]" : "")};
   }
   return {base, shape[1] * kTile, shape[1] == 1 ? 0 : kTile, false};
 }
-
-class Scratch {
- public:
-  char* reserve(size_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();
-      size_ = 0;
-      memory_.reset(new char[bytes + kAlignment]);
-      size_ = bytes;
-    }
-    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-    return memory_.get() + (kAlignment - address % kAlignment);
-  }
-
- private:
-  static constexpr size_t kAlignment = 64;
-  std::unique_ptr<char[]> memory_;
-  size_t size_ = 0;
-};
 
 void infer_shape(const OrtApi* api, const OrtShapeInferContext* context, size_t bias_index, ort::ElementType type) {
   SymbolicShape shape = read_symbolic_shape(api, context, 0);
@@ -90,25 +71,29 @@ Plan PlanReader::storage(int longest_group) const {
   return plan;
 }
 
-Weight read_weight(const Tensor* inputs, const Plan& plan) {
-  if (inputs[kBias].shape.size() != 1) {
-    throw Refused{"bias has shape " + text_of(inputs[kBias].shape) + ", needed [N]"};
+Weight read_weight(const WeightTensors& tensors, const Plan& plan) {
+  static constexpr float kNoOffset = 0;
+  if (tensors.bias.shape.size() != 1) {
+    throw Refused{"bias has shape " + text_of(tensors.bias.shape) + ", needed [N]"};
   }
   Weight weight;
-  weight.n = inputs[kBias].shape[0];
+  weight.n = tensors.bias.shape[0];
   const int64_t tiles = ceil_div(weight.n, kTile);
   const std::vector<int64_t> packed = {tiles, plan.groups, plan.lines, kLine};
-  if (inputs[kB].shape != packed) {
-    throw Refused{"B has shape " + text_of(inputs[kB].shape) + ", needed " + text_of(packed) + " for K = " +
+  if (tensors.b.shape != packed) {
+    throw Refused{"B has shape " + text_of(tensors.b.shape) + ", needed " + text_of(packed) + " for K = " +
                   std::to_string(plan.k) + ", N = " + std::to_string(weight.n) + ", " + std::to_string(plan.bits) +
                   " bits and groups of " + std::to_string(plan.block_size)};
   }
-  weight.b = static_cast<const uint8_t*>(inputs[kB].data);
-  weight.scales = read_columns<float>(inputs, kScales, tiles, plan.groups, false);
-  weight.zero_points = read_columns<uint8_t>(inputs, kZeroPoints, tiles, plan.groups, true);
-  weight.offsets = read_columns<float>(inputs, kOffsets, tiles, plan.groups, true);
+  weight.b = static_cast<const uint8_t*>(tensors.b.data);
+  weight.scales = read_columns<float>(tensors.scales, "scales", tiles, plan.groups, false);
+  weight.zero_points = read_columns<uint8_t>(tensors.zero_points, "zero_points", tiles, plan.groups, true);
+  weight.offsets = {&kNoOffset, 0, 0, true};
+  if (tensors.offsets != nullptr) {
+    weight.offsets = read_columns<float>(*tensors.offsets, "offsets", tiles, plan.groups, true);
+  }
   weight.has_offsets = !(weight.offsets.single && weight.offsets.base[0] == 0.0f);
-  weight.bias = static_cast<const float*>(inputs[kBias].data);
+  weight.bias = static_cast<const float*>(tensors.bias.data);
   return weight;
 }
 
@@ -138,12 +123,12 @@ void check_layout(const OrtApi* api, const OrtKernelInfo* info, const std::strin
   }
 }
 
-void* make_output(const OrtApi* api, OrtKernelContext* context, const Tensor& a, const Weight& weight, int64_t rows) {
+void* make_output(const OrtApi* api, OrtKernelContext* context, const Tensor& a, int64_t n, int64_t rows) {
   std::vector<int64_t> shape = a.shape;
-  shape.back() = weight.n;
+  shape.back() = n;
   OrtValue* output = nullptr;
   check(ort::KernelContextGetOutput::call(api, context, 0, shape.data(), shape.size(), &output));
-  if (output == nullptr || rows == 0 || weight.n == 0) return nullptr;
+  if (output == nullptr || rows == 0 || n == 0) return nullptr;
   void* y = nullptr;
   check(ort::GetTensorMutableData::call(api, output, &y));
   return y;
@@ -155,11 +140,6 @@ OrtStatus* infer_shape_quietly(const OrtApi* api, const OrtShapeInferContext* co
     ort::ReleaseStatus::call(api, status);
   }
   return nullptr;
-}
-
-char* thread_scratch(int64_t bytes) {
-  thread_local Scratch scratch;
-  return scratch.reserve(static_cast<size_t>(bytes));
 }
 
 PanelLayout::PanelLayout(const Plan& plan, int64_t rows) {

@@ -1,4 +1,4 @@
-// What the ops that multiply a stored low-bit weight share: their last six inputs, and the way of rows through a kernel.
+// What the ops that multiply a stored low-bit weight share: how they read it, and the way of rows through a kernel.
 #pragma once
 
 #include <algorithm>
@@ -12,15 +12,14 @@ namespace msd::matmul {
 
 inline constexpr const char* kLayout = "n16k4/1";
 
-// The weight's inputs, in the order in which they end every op's list.
-enum WeightInput : size_t { kB, kScales, kZeroPoints, kOffsets, kBias, kPlan, kWeightInputs };
-inline constexpr const char* kWeightInputNames[kWeightInputs] = {"B",       "scales", "zero_points",
-                                                                 "offsets", "bias",   "plan"};
-constexpr ort::ElementType weight_input_type(size_t index) {
-  return index == kB || index == kZeroPoints ? ort::kUint8 : index == kPlan ? ort::kInt64 : ort::kFloat;
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0 ? 1 : 0); }
+// The inputs that a stored weight consists of.
+struct WeightTensors {
+  const Tensor& b;
+  const Tensor& scales;
+  const Tensor& zero_points;
+  const Tensor* offsets;  // null: 0 everywhere
+  const Tensor& bias;
+};
 
 // The five numbers of a plan, checked by `need` one by one; the first three, the weight's storage, are read by `storage`.
 class PlanReader {
@@ -35,8 +34,8 @@ class PlanReader {
   int64_t values_[5];
 };
 
-// Throws Refused unless the six shapes fit together. `inputs` are the last six.
-Weight read_weight(const Tensor* inputs, const Plan& plan);
+// Throws Refused unless the shapes fit together.
+Weight read_weight(const WeightTensors& tensors, const Plan& plan);
 
 // Rows of A, all its dimensions but the last, which must be the plan's k.
 int64_t count_rows(const Tensor& a, const Plan& plan);
@@ -45,15 +44,12 @@ int64_t count_rows(const Tensor& a, const Plan& plan);
 void check_layout(const OrtApi* api, const OrtKernelInfo* info, const std::string& who);
 
 // Makes output 0, [..., N] like A; null if there is nothing to compute.
-void* make_output(const OrtApi* api, OrtKernelContext* context, const Tensor& a, const Weight& weight, int64_t rows);
+void* make_output(const OrtApi* api, OrtKernelContext* context, const Tensor& a, int64_t n, int64_t rows);
 
 // States the output's shape, where it can be said in full: an unnamed unknown dimension could only be stated as a number.
 // Its type is `type`, or A's for kUndefined. Some runtimes drop the status unread; a shape is a help, never a need, so a failure is released here and none returned.
 OrtStatus* infer_shape_quietly(const OrtApi* api, const OrtShapeInferContext* context, size_t bias,
                                ort::ElementType type);
-
-// Scratch of the calling thread, kept for its next call: `bytes`, aligned to a line of the cache.
-char* thread_scratch(int64_t bytes);
 
 // Scratch of a panel and where its parts lie.
 struct PanelLayout {

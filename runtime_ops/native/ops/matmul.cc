@@ -9,11 +9,9 @@ namespace msd {
 namespace {
 
 using matmul::Plan;
-using matmul::Real;
 using matmul::Weight;
 
-constexpr size_t kWeight = 1;  // A, then the weight's inputs
-constexpr size_t kInputs = kWeight + matmul::kWeightInputs;
+enum Input : size_t { kA, kB, kScales, kZeroPoints, kOffsets, kBias, kPlan, kInputs };
 constexpr const char* kInputNames[kInputs] = {"A", "B", "scales", "zero_points", "offsets", "bias", "plan"};
 
 // An op of the runtime's table, for one element type.
@@ -38,23 +36,34 @@ Plan read_plan(const Tensor& tensor) {
 }
 
 constexpr ort::ElementType input_type(Real type, size_t index) {
-  return index == 0 ? static_cast<ort::ElementType>(type) : matmul::weight_input_type(index - kWeight);
+  switch (index) {
+    case kA:
+      return static_cast<ort::ElementType>(type);
+    case kB:
+    case kZeroPoints:
+      return ort::kUint8;
+    case kPlan:
+      return ort::kInt64;
+    default:
+      return ort::kFloat;
+  }
 }
 
 void compute(const MatMulKernel& self, OrtKernelContext* context) {
   const OrtApi* api = self.api;
   Tensor inputs[kInputs];
   read_inputs(api, context, kInputNames, kInputs, [&](size_t i) { return input_type(self.type, i); }, inputs);
-  const Tensor &a = inputs[0], *weight_inputs = inputs + kWeight;
-  const Plan plan = read_plan(weight_inputs[matmul::kPlan]);
+  const Tensor& a = inputs[kA];
+  const Plan plan = read_plan(inputs[kPlan]);
   const int64_t rows = matmul::count_rows(a, plan);
-  const Weight weight = matmul::read_weight(weight_inputs, plan);
-  void* y = matmul::make_output(api, context, a, weight, rows);
+  const Weight weight = matmul::read_weight(
+      {inputs[kB], inputs[kScales], inputs[kZeroPoints], &inputs[kOffsets], inputs[kBias]}, plan);
+  void* y = matmul::make_output(api, context, a, weight.n, rows);
   if (y == nullptr) return;
 
   const matmul::Kernel& kernel = chosen(matmul::kVariants);
   const int64_t row_bytes = plan.k * (self.type == Real::kFloat ? 4 : 2);
-  char* scratch = matmul::thread_scratch(matmul::PanelLayout(plan, matmul::rows_of_panel(plan, rows)).bytes);
+  char* scratch = thread_scratch(matmul::PanelLayout(plan, matmul::rows_of_panel(plan, rows)).bytes);
   matmul::multiply_rows(api, context, kernel, plan, weight, rows, {y, self.type, self.precision}, {}, scratch,
                         [&](const matmul::Panel& panel, int64_t row, int64_t first, int64_t last) {
                           const char* a_panel = static_cast<const char*>(a.data) + row * row_bytes;
@@ -68,20 +77,7 @@ MatMulKernel* create(const MatMulOp& op, const OrtApi* api, const OrtKernelInfo*
   kernel->type = op.type;
   kernel->who = "msd.MatMul (node '" + node_name(api, info) + "')";
   matmul::check_layout(api, info, kernel->who);
-  int64_t dtype = 0;
-  if (OrtStatus* absent = ort::KernelInfoGetAttributeInt64::call(api, info, "output_dtype", &dtype)) {
-    ort::ReleaseStatus::call(api, absent);
-    throw Refused{kernel->who + ": attribute output_dtype is absent, needed A's element type"};
-  }
-  // The runtime may run a float16 node in float, between casts of its own that it may then drop. The float kernel
-  // rounds as the node says, so the values stay those of the function body.
-  const bool is_known = dtype == static_cast<int64_t>(Real::kFloat) || dtype == static_cast<int64_t>(Real::kHalf) ||
-                        dtype == static_cast<int64_t>(Real::kBfloat16);
-  if (dtype != static_cast<int64_t>(op.type) && !(op.type == Real::kFloat && is_known)) {
-    throw Refused{kernel->who + ": output_dtype is " + std::to_string(dtype) + ", needed A's element type, " +
-                  std::to_string(static_cast<int>(op.type))};
-  }
-  kernel->precision = static_cast<Real>(dtype);
+  kernel->precision = read_precision(api, info, kernel->who, op.type, "A");
   isa_limit();  // throws now, when the session is made, if MSD_ISA asks for what is not there
   return kernel.release();
 }
@@ -94,9 +90,9 @@ MatMulOp make_op(const OrtApi* api, Real type) {
   op.api = api;
   op.type = type;
   op.GetName = [](const OrtCustomOp*) { return "MatMul"; };
-  op.GetInputTypeCount = [](const OrtCustomOp*) { return kInputs; };
+  op.GetInputTypeCount = [](const OrtCustomOp*) { return size_t{kInputs}; };
   op.GetInputType = [](const OrtCustomOp* o, size_t index) { return input_type(self(o).type, index); };
-  op.GetOutputType = [](const OrtCustomOp* o, size_t) { return input_type(self(o).type, 0); };
+  op.GetOutputType = [](const OrtCustomOp* o, size_t) { return input_type(self(o).type, kA); };
   op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* a, const OrtKernelInfo* info, void** kernel) {
     *kernel = nullptr;
     return guarded(a, [&] { *kernel = create(self(o), a, info); });
@@ -108,7 +104,7 @@ MatMulOp make_op(const OrtApi* api, Real type) {
   op.KernelDestroy = [](void* kernel) { delete static_cast<MatMulKernel*>(kernel); };
   op.InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
     // A's type as inferred: the runtime may be about to widen a float16 node.
-    return matmul::infer_shape_quietly(self(o).api, context, kWeight + matmul::kBias, ort::kUndefined);
+    return matmul::infer_shape_quietly(self(o).api, context, kBias, ort::kUndefined);
   };
   return op;
 }

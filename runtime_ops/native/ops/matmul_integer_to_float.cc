@@ -12,11 +12,11 @@ using matmul::PanelLayout;
 using matmul::Plan;
 using matmul::Weight;
 
-constexpr size_t kWeight = 3;  // A, a_scale, a_zero_point, then the weight's inputs
-constexpr size_t kInputs = kWeight + matmul::kWeightInputs;
-constexpr const char* kInputNames[kInputs] = {"A",           "a_scale", "a_zero_point", "B",   "scales",
-                                              "zero_points", "offsets", "bias",         "plan"};
-constexpr int kLongestGroup = 128;  // of given codes: 128 products of 17 bits and |w - z| <= 255 fit int32
+enum Input : size_t { kA, kAScale, kAZeroPoint, kB, kScales, kZeroPoints, kBias, kPlan, kInputs };
+constexpr const char* kInputNames[kInputs] = {"A",      "a_scale",     "a_zero_point", "B",
+                                              "scales", "zero_points", "bias",         "plan"};
+constexpr int kLongestGroup = 128;      // of given codes: 128 products of 17 bits and |w - z| <= 255 fit int32
+constexpr int64_t kLongestSum = 32768;  // K of one scale: so many products of bytes fit the body's int32
 
 // An op of the runtime's table, for one type of codes.
 struct CodesOp : OrtCustomOp {
@@ -43,14 +43,34 @@ Plan read_plan(const Tensor& tensor, CodeType type) {
 }
 
 constexpr ort::ElementType input_type(CodeType type, size_t index) {
-  if (index == 1) return ort::kFloat;
-  return index < kWeight ? static_cast<ort::ElementType>(type) : matmul::weight_input_type(index - kWeight);
+  switch (index) {
+    case kA:
+    case kAZeroPoint:
+      return static_cast<ort::ElementType>(type);
+    case kB:
+    case kZeroPoints:
+      return ort::kUint8;
+    case kPlan:
+      return ort::kInt64;
+    default:
+      return ort::kFloat;
+  }
 }
 
 void check_single(const Tensor& tensor, const char* name) {
-  int64_t count = 1;
-  for (const int64_t dim : tensor.shape) count = dim == 1 ? count : 0;
-  if (count != 1) throw Refused{std::string(name) + " has shape " + text_of(tensor.shape) + ", needed one value"};
+  const bool is_single = std::all_of(tensor.shape.begin(), tensor.shape.end(), [](int64_t dim) { return dim == 1; });
+  if (!is_single) throw Refused{std::string(name) + " has shape " + text_of(tensor.shape) + ", needed one value"};
+}
+
+// One scale for all K: so must be the zero points, and K must not be longer than the function body's sums.
+void check_one_sum(const Plan& plan, const Weight& weight) {
+  if (plan.k > kLongestSum) {
+    throw Refused{"scales has one group for K = " + std::to_string(plan.k) + ", needed K up to " +
+                  std::to_string(kLongestSum) + " or a scale per group"};
+  }
+  if (weight.zero_points.per_group != 0) {
+    throw Refused{"zero_points differ between groups where scales do not, needed one group of both"};
+  }
 }
 
 int32_t value_of(const Tensor& tensor, CodeType type) {
@@ -93,17 +113,19 @@ void compute(const CodesKernel& self, OrtKernelContext* context) {
   const OrtApi* api = self.api;
   Tensor inputs[kInputs];
   read_inputs(api, context, kInputNames, kInputs, [&](size_t i) { return input_type(self.type, i); }, inputs);
-  const Tensor &a = inputs[0], *weight_inputs = inputs + kWeight;
-  check_single(inputs[1], kInputNames[1]);
-  check_single(inputs[2], kInputNames[2]);
-  const Plan plan = read_plan(weight_inputs[matmul::kPlan], self.type);
+  const Tensor& a = inputs[kA];
+  for (const Input input : {kAScale, kAZeroPoint}) check_single(inputs[input], kInputNames[input]);
+  Plan plan = read_plan(inputs[kPlan], self.type);
   const int64_t rows = matmul::count_rows(a, plan);
-  const Weight weight = matmul::read_weight(weight_inputs, plan);
-  void* y = matmul::make_output(api, context, a, weight, rows);
+  const Weight weight =
+      matmul::read_weight({inputs[kB], inputs[kScales], inputs[kZeroPoints], nullptr, inputs[kBias]}, plan);
+  plan.is_one_sum = inputs[kScales].shape[1] == 1;
+  if (plan.is_one_sum) check_one_sum(plan, weight);
+  void* y = matmul::make_output(api, context, a, weight.n, rows);
   if (y == nullptr) return;
 
   // 8-bit codes less their zero point fit int16. 16-bit codes do less a constant; the shift makes up for the rest.
-  const int32_t zero_point = value_of(inputs[2], self.type);
+  const int32_t zero_point = value_of(inputs[kAZeroPoint], self.type);
   const int32_t center = !is_wide(self.type) ? zero_point : is_signed(self.type) ? 0 : 32768;
   Panel panel{};
   panel.shift = center - zero_point;
@@ -111,11 +133,11 @@ void compute(const CodesKernel& self, OrtKernelContext* context) {
   const matmul::Kernel& kernel = chosen(matmul::kVariants);
   const PanelLayout layout(plan, matmul::rows_of_panel(plan, rows));
   const Ones ones(plan, layout.bytes);
-  char* scratch = matmul::thread_scratch(panel.shift != 0 ? ones.bytes : layout.bytes);
+  char* scratch = thread_scratch(panel.shift != 0 ? ones.bytes : layout.bytes);
   if (panel.shift != 0) ones.fill(kernel, plan, scratch, panel);
   const int64_t row_bytes = plan.k * (is_wide(self.type) ? 2 : 1);
-  const float scale = *static_cast<const float*>(inputs[1].data);
-  matmul::multiply_rows(api, context, kernel, plan, weight, rows, {y, matmul::Real::kFloat, matmul::Real::kFloat},
+  const float scale = *static_cast<const float*>(inputs[kAScale].data);
+  matmul::multiply_rows(api, context, kernel, plan, weight, rows, {y, Real::kFloat, Real::kFloat},
                         panel, scratch, [&](const Panel& filled, int64_t row, int64_t first, int64_t last) {
                           const char* codes = static_cast<const char*>(a.data) + row * row_bytes;
                           kernel.load_codes(plan, {codes, self.type, center, scale}, filled, first, last);
@@ -140,7 +162,7 @@ CodesOp make_op(const OrtApi* api, CodeType type) {
   op.api = api;
   op.type = type;
   op.GetName = [](const OrtCustomOp*) { return "MatMulIntegerToFloat"; };
-  op.GetInputTypeCount = [](const OrtCustomOp*) { return kInputs; };
+  op.GetInputTypeCount = [](const OrtCustomOp*) { return size_t{kInputs}; };
   op.GetInputType = [](const OrtCustomOp* o, size_t index) { return input_type(self(o).type, index); };
   op.GetOutputType = [](const OrtCustomOp*, size_t) { return ort::kFloat; };
   op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* a, const OrtKernelInfo* info, void** kernel) {
@@ -153,7 +175,7 @@ CodesOp make_op(const OrtApi* api, CodeType type) {
   };
   op.KernelDestroy = [](void* kernel) { delete static_cast<CodesKernel*>(kernel); };
   op.InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
-    return matmul::infer_shape_quietly(self(o).api, context, kWeight + matmul::kBias, ort::kFloat);
+    return matmul::infer_shape_quietly(self(o).api, context, kBias, ort::kFloat);
   };
   return op;
 }

@@ -1,5 +1,7 @@
 #include "op.h"
 
+#include <memory>
+
 namespace msd {
 namespace {
 
@@ -27,6 +29,25 @@ std::vector<int64_t> dimensions(const OrtApi* api, const OrtTensorTypeAndShapeIn
   if (rank > 0) check(ort::GetDimensions::call(api, info, dims.data(), rank));
   return dims;
 }
+
+class Scratch {
+ public:
+  char* reserve(size_t bytes) {
+    if (bytes > size_) {
+      memory_.reset();
+      size_ = 0;
+      memory_.reset(new char[bytes + kAlignment]);
+      size_ = bytes;
+    }
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    return memory_.get() + (kAlignment - address % kAlignment);
+  }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  std::unique_ptr<char[]> memory_;
+  size_t size_ = 0;
+};
 
 }  // namespace
 
@@ -100,6 +121,27 @@ void set_defaults(OrtCustomOp& op) {
   op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
   op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
   op.GetEndVersion = [](const OrtCustomOp*) { return INT32_MAX; };
+}
+
+char* thread_scratch(int64_t bytes) {
+  thread_local Scratch scratch;
+  return scratch.reserve(static_cast<size_t>(bytes));
+}
+
+Real read_precision(const OrtApi* api, const OrtKernelInfo* info, const std::string& who, Real type,
+                    const char* input) {
+  int64_t dtype = 0;
+  if (OrtStatus* absent = ort::KernelInfoGetAttributeInt64::call(api, info, "output_dtype", &dtype)) {
+    ort::ReleaseStatus::call(api, absent);
+    throw Refused{who + ": attribute output_dtype is absent, needed " + input + "'s element type"};
+  }
+  const bool is_known = dtype == static_cast<int64_t>(Real::kFloat) || dtype == static_cast<int64_t>(Real::kHalf) ||
+                        dtype == static_cast<int64_t>(Real::kBfloat16);
+  if (dtype != static_cast<int64_t>(type) && !(type == Real::kFloat && is_known)) {
+    throw Refused{who + ": output_dtype is " + std::to_string(dtype) + ", needed " + input + "'s element type, " +
+                  std::to_string(static_cast<int>(type))};
+  }
+  return static_cast<Real>(dtype);
 }
 
 }  // namespace msd

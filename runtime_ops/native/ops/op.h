@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "../kernels/real.h"
 #include "../ort_abi.h"
 
 namespace msd {
@@ -77,6 +78,11 @@ void set_symbolic_shape(const OrtApi* api, const OrtShapeInferContext* context, 
 std::string string_attribute(const OrtApi* api, const OrtKernelInfo* info, const char* name);
 std::string node_name(const OrtApi* api, const OrtKernelInfo* info);
 
+// The node's attribute output_dtype, type of its first output and of the input called `input`. Throws Refused if it is
+// absent, or not `type`, the kernel's. But the runtime may run a float16 node in float, between casts of its own that it
+// may then drop: the float kernel takes any type and rounds as the node says, so the values stay those of the body.
+Real read_precision(const OrtApi* api, const OrtKernelInfo* info, const std::string& who, Real type, const char* input);
+
 // Calls work(i) for i in [0, count) on the session's threads; `work` must not throw.
 template <typename Work>
 void parallel_for(const OrtApi* api, const OrtKernelContext* context, size_t count, const Work& work) {
@@ -88,6 +94,11 @@ void parallel_for(const OrtApi* api, const OrtKernelContext* context, size_t cou
   check(ort::KernelContextParallelFor::call(api, context, call, count, 0,
                                             const_cast<void*>(static_cast<const void*>(&work))));
 }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0 ? 1 : 0); }
+
+// Scratch of the calling thread, kept for its next call: `bytes`, aligned to a line of the cache.
+char* thread_scratch(int64_t bytes);
 
 // Fills in what all ops have alike: every input and output required, on the CPU, versions 1 and up.
 void set_defaults(OrtCustomOp& op);
@@ -125,5 +136,6 @@ void read_inputs(const OrtApi* api, const OrtKernelContext* context, const char*
 // The OrtCustomOps of each op, one per element type, for a runtime. They live as long as the process.
 std::vector<const OrtCustomOp*> matmul_ops(const OrtApi* api);
 std::vector<const OrtCustomOp*> matmul_integer_to_float_ops(const OrtApi* api);
+std::vector<const OrtCustomOp*> attention_ops(const OrtApi* api);
 
 }  // namespace msd

@@ -9,8 +9,9 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "kernel.h"
-#include "real.h"
 
 // The inner loops: not inlined, so that the accumulators have the registers to themselves; short loops unrolled, so
 // that arrays of vectors are registers; and sums written out as an instruction, for GCC otherwise rotates the
@@ -375,10 +376,29 @@ void add_shift(const Plan& plan, const Panel& panel, int64_t g, const __m256i* w
   group.code_shift = panel.shift * panel.ones_sums[g];
 }
 
+// C alone, for one exact sum.
+template <int kBits, int kRows>
+void add_exactly(const Plan& plan, const Panel& panel, const Group& group, const __m256i* widened, int64_t at,
+                 double* totals) {
+  __m256i c[2 * kRows];
+  products<kBits, kRows>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, c);
+  for (int r = 0; r < kRows; ++r) {
+    for (int half = 0; half < 2; ++half) {
+      const __m256i sum = _mm256_add_epi32(c[2 * r + half], group.shifts[half]);
+      double* total = totals + r * kTile + 8 * half;
+      const __m256d low = _mm256_cvtepi32_pd(_mm256_castsi256_si128(sum));
+      const __m256d high = _mm256_cvtepi32_pd(_mm256_extracti128_si256(sum, 1));
+      _mm256_store_pd(total, _mm256_add_pd(_mm256_load_pd(total), low));
+      _mm256_store_pd(total + 4, _mm256_add_pd(_mm256_load_pd(total + 4), high));
+    }
+  }
+}
+
 // The same in double, for codes in two planes.
 template <int kBits, int kRows>
 void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const Group& group, const __m256i* widened,
                int64_t at, double* totals) {
+  if (plan.is_one_sum) return add_exactly<kBits, kRows>(plan, panel, group, widened, at, totals);
   const int64_t plane = plan.groups * panel.rows;
   __m256i high[2 * kRows], low[2 * kRows];
   products<kBits, kRows>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, high);
@@ -421,6 +441,17 @@ void finish(const double* totals, const float* bias, __m256 (&y)[2]) {
       parts[i] = _mm256_cvtpd_ps(_mm256_add_pd(_mm256_load_pd(totals + 8 * half + 4 * i), b));
     }
     y[half] = _mm256_set_m128(parts[1], parts[0]);
+  }
+}
+
+// One exact sum: float(total) * (s_x * s_w) + bias.
+void finish_sum(const double* totals, const float* bias, float s_x, const __m256 (&scales)[2], __m256 (&y)[2]) {
+  for (int half = 0; half < 2; ++half) {
+    const __m128 low = _mm256_cvtpd_ps(_mm256_load_pd(totals + 8 * half));
+    const __m128 high = _mm256_cvtpd_ps(_mm256_load_pd(totals + 8 * half + 4));
+    const __m256 scale = _mm256_mul_ps(_mm256_set1_ps(s_x), scales[half]);
+    const __m256 product = _mm256_mul_ps(_mm256_set_m128(high, low), scale);
+    y[half] = _mm256_add_ps(product, _mm256_loadu_ps(bias + 8 * half));
   }
 }
 
@@ -487,6 +518,14 @@ void multiply_tiles(const Plan& plan, const Weight& weight, const Panel& panel, 
     for (int64_t c = 0; c < columns; ++c) bias[c] = weight.bias[column + c];
     for (int64_t row = 0; row < panel.rows; ++row) {
       __m256 result[2];
+      if constexpr (std::is_same_v<Total, double>) {
+        if (plan.is_one_sum) {
+          const __m256 scales[2] = {load_columns(weight.scales, tile, 0, 0), load_columns(weight.scales, tile, 0, 1)};
+          finish_sum(totals + row * kTile, bias, panel.scales[row], scales, result);
+          store_tile(result, columns, output, row * weight.n + column);
+          continue;
+        }
+      }
       finish(totals + row * kTile, bias, result);
       store_tile(result, columns, output, row * weight.n + column);
     }
@@ -496,7 +535,7 @@ void multiply_tiles(const Plan& plan, const Weight& weight, const Panel& panel, 
 template <int kBits>
 void multiply_bits(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
                    const Output& output) {
-  if (plan.terms == 3) {
+  if (plan.terms == 3 || plan.is_one_sum) {
     multiply_tiles<kBits, double>(plan, weight, panel, first, last, output);
   } else {
     multiply_tiles<kBits, float>(plan, weight, panel, first, last, output);

@@ -6,7 +6,7 @@
 //   C = sum over k in g of (w[k, n] - z[g, n]) * Q[m, k]     R = sum over k in g of Q[m, k]
 //
 // Q are the codes of a decomposed activation, or given codes less their zero point: those need 17 bits, so they are kept
-// as int16 codes to which a shift, one number for all, is added.
+// as int16 codes to which a shift, one number for all, is added; and where a column has one scale, the groups are one.
 //
 // C and R are exact; every other operation rounds on its own, one accumulator per output. That is why the same row
 // has the same bits at every batch size, thread count and variant: no FMA, no splitting of K, no reordered sum.
@@ -18,6 +18,7 @@
 
 #include <stdint.h>
 
+#include "../real.h"
 #include "../variant.h"
 
 namespace msd::matmul {
@@ -32,9 +33,6 @@ constexpr int kMostRows = 128;      // of a panel
 constexpr uint32_t kInfinity = 0x7f800000u;
 constexpr uint32_t kSmallestPeak = 27u << 23;  // 2^-100: below it a group counts as zero
 
-// Numbers of TensorProto.DataType.
-enum class Real : int { kFloat = 1, kHalf = 10, kBfloat16 = 16 };
-
 struct Plan {
   int64_t k;
   int64_t groups;
@@ -44,6 +42,8 @@ struct Plan {
   bool per_row;
   int lines;   // of a tile and group
   int stride;  // int16 codes reserved for a row's group: covers the lines' k, a multiple of 16
+  // Of given codes whose weight has one scale and zero point per column: all groups are one exact sum, scaled once.
+  bool is_one_sum;
 };
 
 // Value of a column: base[tile * per_tile + group * per_group + c], or base[0] for all if `single`.
@@ -63,14 +63,6 @@ struct Weight {
   bool has_offsets;  // false: offsets are the one value 0, and 0 * R changes nothing
   const float* bias;
   int64_t n;
-};
-
-// Where the results of a panel go: y[row * n + column] of type `type`, holding values of `precision`, the op's output
-// type. They differ where the runtime has a float16 node run in float.
-struct Output {
-  void* y;
-  Real type;
-  Real precision;
 };
 
 // Some rows of A, decomposed. A code is an int16 in plane 0; with 3 terms it is 256 * plane 0 + plane 1.

@@ -3,7 +3,6 @@
 #include <math.h>
 
 #include "kernel.h"
-#include "real.h"
 
 namespace msd::matmul {
 namespace {
@@ -113,7 +112,7 @@ void group_products(int count, const int16_t (&w)[kLongestGroup][kTile], const i
   memcpy(products, sums, sizeof sums);
 }
 
-// `T` is the type that sums are held in.
+// `T` is the type that sums are held in; one exact sum, below 2^53, is held in double.
 template <typename T>
 void multiply_tile(const Plan& plan, const Weight& weight, const Panel& panel, int64_t tile, const Output& output) {
   const int planes = plan.terms == 3 ? 2 : 1;
@@ -141,15 +140,22 @@ void multiply_tile(const Plan& plan, const Weight& weight, const Panel& panel, i
         T v = static_cast<T>(product - column(weight.zero_points, tile, g, c) * code_sum);
         if (weight.has_offsets) v -= static_cast<T>(column(weight.offsets, tile, g, c)) * static_cast<T>(code_sum);
         const T p = s_x * static_cast<T>(column(weight.scales, tile, g, c));
-        totals[row][c] += v * p;
+        totals[row][c] += plan.is_one_sum ? v : v * p;
       }
     }
   }
   const int64_t first = tile * kTile;
   for (int64_t row = 0; row < panel.rows; ++row) {
     for (int64_t n = first; n < first + kTile && n < weight.n; ++n) {
-      const T y = totals[row][n - first] + static_cast<T>(weight.bias[n]);
-      store_real(output, row * weight.n + n, static_cast<float>(y));
+      const int64_t index = row * weight.n + n;
+      const T total = totals[row][n - first];
+      if (plan.is_one_sum) {
+        const float scale = panel.scales[row] * column(weight.scales, tile, 0, static_cast<int>(n - first));
+        const float product = static_cast<float>(total) * scale;
+        store_real(output, index, product + weight.bias[n]);
+      } else {
+        store_real(output, index, static_cast<float>(total + static_cast<T>(weight.bias[n])));
+      }
     }
   }
 }
@@ -191,7 +197,7 @@ void load_codes_scalar(const Plan& plan, const Codes& codes, const Panel& panel,
 void multiply_scalar(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
                      const Output& output) {
   for (int64_t tile = first; tile < last; ++tile) {
-    if (plan.terms == 3) {
+    if (plan.terms == 3 || plan.is_one_sum) {
       multiply_tile<double>(plan, weight, panel, tile, output);
     } else {
       multiply_tile<float>(plan, weight, panel, tile, output);

@@ -1,14 +1,23 @@
 // float16 and bfloat16 from and to float, where there is no instruction for it. Rounds half to even; a NaN stays one.
 //
-// `static`, so that each file has its own copy (see kernel.h on inline functions).
+// `static`, so that each file has its own copy (see matmul/kernel.h on inline functions).
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
-#include "kernel.h"
+namespace msd {
 
-namespace msd::matmul {
+// Numbers of TensorProto.DataType.
+enum class Real : int { kFloat = 1, kHalf = 10, kBfloat16 = 16 };
+
+// Where an op's results go: y[index] of type `type`, holding values of `precision`, the op's output type. They differ
+// where the runtime has a float16 node run in float.
+struct Output {
+  void* y;
+  Real type;
+  Real precision;
+};
 
 static inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -76,4 +85,4 @@ static inline void store_real(const Output& output, int64_t index, float x) {
   }
 }
 
-}  // namespace msd::matmul
+}  // namespace msd

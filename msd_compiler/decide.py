@@ -1,0 +1,220 @@
+"""What is to be done with a model: its layers found, a choice for each, and the row of the report that says so.
+
+The one place that knows engine and rules alike, with `api`, which carries out what is decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+
+from onnx import TensorProto
+
+from .choose import Choice, choose
+from .errors import ModelError
+from .exact_products import exact_products
+from .facts import ActivationCodes, QuantizedLinear, ReasonCode, Reject
+from .float_activations import float_activations
+from .inline import inlined
+from .linked import Linked
+from .passes import READERS, REFINERS
+from .passes.lower_linear import packed_bytes, plan_of
+from .quantize import Quantization
+from .quantize import quantize as round_weights
+from .reader import Site, find_sites
+from .report import UNSUPPORTED, Outcome, SiteRow
+from .runtime_ops.matmul.reference import LIMITS
+from .runtime_ops.matmul.weight_body import OLDEST_OPSET
+from .source import Source, type_name
+from .unfuse import Place, gaining_products, unfused
+from .verification import Progress
+
+
+class Activations(StrEnum):
+    """What becomes of activations that the model itself rounds to integers."""
+
+    KEEP = "keep"
+    """Their codes are multiplied exactly: the rounding is part of what the model means."""
+    UPGRADE = "upgrade"
+    """The rounding goes, and the float activation gets two terms like any other."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asks of the result."""
+
+    terms: int | None = None
+    """INT8 terms of float activations; None: chosen."""
+    quantization: Quantization | None = None
+    """How to round the weights of float layers; None: they stay float."""
+    activations: Activations = Activations.KEEP
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A layer and what is to be done with it."""
+
+    site: Site
+    choice: Choice
+    row: SiteRow
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A model and what is to be done with it."""
+
+    source: Source
+    """The model with its weights rounded, where that was asked."""
+    linked: Linked
+    """The same as readers see it: functions inlined, integer products spelled out, activations float where asked."""
+    decisions: tuple[Decision, ...]
+    oracle: Source
+    """What the result must mean; it has no product that a CPU saturates."""
+    other_activations: Source | None
+    """The model with the roundings of its activations the other way: left out where kept, left in where left out."""
+
+    @property
+    def rows(self) -> list[SiteRow]:
+        """The report's."""
+        return [decision.row for decision in self.decisions]
+
+
+def decide(source: Source, options: Options, progress: Progress) -> Decided:
+    """Find every linear layer of a model and decide what is done with it.
+
+    Raises:
+        ModelError: the model cannot be right.
+        OptionError: the installed onnxruntime cannot round weights so.
+    """
+    rounded: dict[str, str] = {}
+    readable = source.opset == 0 or source.opset >= OLDEST_OPSET
+    if options.quantization is not None and readable:
+        source, rounded = round_weights(source, options.quantization, progress=progress)
+    flat = inlined(source)
+    with _readable(flat):
+        return _decide(source, flat, options, rounded)
+
+
+@contextmanager
+def _readable(source: Source) -> Iterator[None]:
+    """What malformed nodes make a rewrite of integer ops stumble over, as an error of the model."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError, AttributeError) as error:
+        raise ModelError(f"{source.name}: its quantized activations cannot be read: {error}") from error
+
+
+def _decide(source: Source, flat: Source, options: Options, rounded: dict[str, str]) -> Decided:
+    kept = exact_products(flat)
+    if options.activations is Activations.UPGRADE:
+        upgraded, dropped = float_activations(flat)
+        linked = Linked.of(upgraded)
+        sites, forms = _sites(linked), dict[str, str]()
+        is_rounded = upgraded is not flat
+        oracle, other = (upgraded, kept) if is_rounded else (source, None)
+    else:
+        linked, sites, forms = _with_codes(flat)
+        dropped = {}
+        is_rounded = any(_codes(site) is not None for site in sites)
+        oracle = kept if kept is not flat else source
+        other = float_activations(flat)[0] if is_rounded else None
+    choices = choose(linked, sites, options.terms)
+    decisions = []
+    for site, choice in zip(sites, choices, strict=True):
+        row = _row(linked.source, site, choice)
+        if site.name in forms:
+            row.form = forms[site.name]
+        if row.outcome is Outcome.REWRITTEN:
+            if site.name in rounded:
+                _note(row, ReasonCode.WEIGHT_ROUNDED, rounded[site.name])
+            if site.name in dropped:
+                text = f"the model's rounding of its activation ({dropped[site.name]}) is left out, as asked"
+                _note(row, ReasonCode.ACTIVATION_UPGRADED, text)
+            _say_why(row, site, choice)
+        decisions.append(Decision(site, choice, row))
+    return Decided(source, linked, tuple(decisions), oracle, other)
+
+
+def _sites(linked: Linked) -> list[Site]:
+    return find_sites(linked, READERS, REFINERS)
+
+
+def _with_codes(source: Source) -> tuple[Linked, list[Site], dict[str, str]]:
+    """The sites of a model whose integer products are spelled out where a reader takes them, and only there."""
+    refused: set[str] = set()
+
+    def wanted(place: Place, linked: Linked) -> bool:
+        name = place.node.name or place.node.outputs[0].name
+        return gaining_products(place, linked) and name not in refused
+
+    while True:
+        spelled, forms = unfused(source, wanted)
+        linked = Linked.of(spelled)
+        sites = _sites(linked)
+        before = len(refused)
+        taken = {site.name for site in sites if _codes(site) is not None}
+        refused |= {name for name in forms if name not in taken}
+        if len(refused) == before:
+            return linked, sites, forms
+
+
+def _codes(site: Site) -> ActivationCodes | None:
+    return site.found.codes if isinstance(site.found, QuantizedLinear) else None
+
+
+def _row(source: Source, site: Site, choice: Choice) -> SiteRow:
+    found = site.found
+    if isinstance(found, Reject):
+        outcome = Outcome.UNSUPPORTED if found.code in UNSUPPORTED else Outcome.KEPT
+        return SiteRow(
+            node=site.name,
+            kind="embedding" if found.code is ReasonCode.EMBEDDING else "linear",
+            form=str(site.node.op),
+            outcome=outcome,
+            reason=found.reason,
+            reason_code=found.code,
+            **found.known,  # type: ignore[arg-type]
+        )
+    weight, codes = found.weight, found.codes
+    row = SiteRow(
+        node=site.name,
+        form=found.form,
+        format=weight.format,
+        m=found.rows,
+        k=weight.k,
+        n=weight.n,
+        outcome=Outcome.KEPT,
+    )
+    if 0 < source.opset < OLDEST_OPSET:
+        row.reason = (
+            f"the model imports opset {source.opset}; msd.MatMul needs {OLDEST_OPSET} or later (onnx.version_converter)"
+        )
+        row.reason_code = ReasonCode.OPSET_TOO_OLD
+        return row
+    row.outcome = Outcome.REWRITTEN
+    row.terms = choice.terms if codes is None else codes.terms
+    row.group = plan_of(found, choice).block_size if codes is None else None
+    row.error_bound = 0.5 / LIMITS[choice.terms] if codes is None else 0.0
+    row.weight_bytes = packed_bytes(found, choice)
+    return row
+
+
+def _say_why(row: SiteRow, site: Site, choice: Choice) -> None:
+    """What is remarkable about a layer that is rewritten."""
+    codes = _codes(site)
+    if codes is not None:
+        kind = type_name(codes.element_type)
+        text = f"the {kind} codes that the model gives its activation as are multiplied exactly"
+        if codes.element_type == TensorProto.UINT8 and (row.format or "").startswith("int8"):
+            text += "; onnxruntime's own product of uint8 by int8 saturates on CPUs without VNNI"
+        _note(row, ReasonCode.ACTIVATION_CODES, text)
+    elif choice.rounded_by is not None:
+        text = f"three terms: {choice.rounded_by!r} further on rounds to integers, where a small error becomes a jump"
+        _note(row, ReasonCode.ROUNDED_DOWNSTREAM, text)
+
+
+def _note(row: SiteRow, code: ReasonCode, text: str) -> None:
+    row.reason = text if row.reason is None else f"{row.reason}; {text}"
+    row.reason_code = code

@@ -1,0 +1,1 @@
+"""``msd.Attention``: attention over a low-bit KV cache, without dequantizing the cache."""
