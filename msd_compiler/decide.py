@@ -107,19 +107,21 @@ def _readable(source: Source) -> Iterator[None]:
 
 
 def _decide(source: Source, flat: Source, options: Options, rounded: dict[str, str]) -> Decided:
-    kept = exact_products(flat)
+    linked = Linked.of(flat)
+    kept = exact_products(linked)
     if options.activations is Activations.UPGRADE:
-        upgraded, dropped = float_activations(flat)
-        linked = Linked.of(upgraded)
+        upgraded, dropped = float_activations(linked)
+        linked = linked if upgraded is flat else Linked.of(upgraded)
         sites, forms = _sites(linked), dict[str, str]()
         is_rounded = upgraded is not flat
         oracle, other = (upgraded, kept) if is_rounded else (source, None)
     else:
-        linked, sites, forms = _with_codes(flat)
+        as_it_is = linked
+        linked, sites, forms = _with_codes(as_it_is)
         dropped = {}
         is_rounded = any(_codes(site) is not None for site in sites)
         oracle = kept if kept is not flat else source
-        other = float_activations(flat)[0] if is_rounded else None
+        other = float_activations(as_it_is)[0] if is_rounded else None
     choices = choose(linked, sites, options.terms)
     decisions = []
     for site, choice in zip(sites, choices, strict=True):
@@ -141,7 +143,7 @@ def _sites(linked: Linked) -> list[Site]:
     return find_sites(linked, READERS, REFINERS)
 
 
-def _with_codes(source: Source) -> tuple[Linked, list[Site], dict[str, str]]:
+def _with_codes(linked: Linked) -> tuple[Linked, list[Site], dict[str, str]]:
     """The sites of a model whose integer products are spelled out where a reader takes them, and only there."""
     refused: set[str] = set()
 
@@ -150,14 +152,14 @@ def _with_codes(source: Source) -> tuple[Linked, list[Site], dict[str, str]]:
         return gaining_products(place, linked) and name not in refused
 
     while True:
-        spelled, forms = unfused(source, wanted)
-        linked = Linked.of(spelled)
-        sites = _sites(linked)
-        before = len(refused)
+        spelled, forms = unfused(linked, wanted)
+        seen = linked if spelled is linked.source else Linked.of(spelled)
+        sites = _sites(seen)
         taken = {site.name for site in sites if _codes(site) is not None}
-        refused |= {name for name in forms if name not in taken}
-        if len(refused) == before:
-            return linked, sites, forms
+        left = {name for name in forms if name not in taken}
+        if not left:
+            return seen, sites, forms
+        refused |= left
 
 
 def _codes(site: Site) -> ActivationCodes | None:

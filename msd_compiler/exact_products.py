@@ -27,9 +27,9 @@ _ZERO_POINT_OF_B = {
 }
 
 
-def exact_products(source: Source) -> Source:
-    """The source, its products of uint8 by int8 as products of uint8 by uint8; itself if it has none."""
-    linked = Linked.of(source)
+def exact_products(linked: Linked) -> Source:
+    """The model, its products of uint8 by int8 as products of uint8 by uint8; itself if it has none."""
+    source = linked.source
     edit: Edit | None = None
     for scope, position, node in linked.nodes():
         if node.op not in PRODUCTS or activation_type(scope, node) != TensorProto.UINT8:

@@ -51,14 +51,16 @@ class _Rounding:
     zero_point: gs.Tensor | None
 
 
-def float_activations(source: Source) -> tuple[Source, dict[str, str]]:
-    """The source without its activations' rounding, and by name of a product how its activation was rounded.
+def float_activations(linked: Linked) -> tuple[Source, dict[str, str]]:
+    """The model without its activations' rounding, and by name of a product how its activation was rounded.
 
     What rounds a constant stays (it is a weight), and so does what leaves the model as codes or meets other codes on its
     way: a low-bit cache.
     """
-    spelled, _ = unfused(source, everything)
-    linked = Linked.of(spelled)
+    source = linked.source
+    spelled, _ = unfused(linked, everything)
+    if spelled is not source:
+        linked = Linked.of(spelled)
     edit = Edit(spelled, lambda name, value: numpy_helper.from_array(value, name))
     dropped: dict[str, str] = {}
     is_changed = spelled is not source

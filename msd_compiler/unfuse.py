@@ -88,13 +88,13 @@ def activation_type(scope: Scope, product: gs.Node) -> int | None:
     return None if codes.dtype is None else int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(codes.dtype)))
 
 
-def unfused(source: Source, wanted: Wanted) -> tuple[Source, dict[str, str]]:
-    """The source with the wanted integer ops spelled out, and by name of a product its spelling in the source.
+def unfused(linked: Linked, wanted: Wanted) -> tuple[Source, dict[str, str]]:
+    """The model with the wanted integer ops spelled out, itself if there are none, and by name of a product its spelling before.
 
     Below opset 13, where no ``DequantizeLinear`` has a scale per channel, the result may hold such: readers take it, a
     runtime does not.
     """
-    linked = Linked.of(source)
+    source = linked.source
     places = [place for place in _places(linked) if wanted(place, linked)]
     if not places:
         return source, {}

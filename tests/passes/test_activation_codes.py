@@ -25,6 +25,7 @@ from msd_compiler.compare import relative_l2
 from msd_compiler.exact_products import exact_products
 from msd_compiler.facts import ReasonCode
 from msd_compiler.float_activations import float_activations
+from msd_compiler.linked import Linked
 from msd_compiler.source import load
 
 M, K, N = 3, 40, 20
@@ -186,7 +187,7 @@ def test_pairs_of_one_scale_only(extra):
         **U8,
         xs2=np.float32(1),
     )
-    spelled, _ = float_activations(load(proto))
+    spelled, _ = float_activations(Linked.of(load(proto)))
     assert ("QuantizeLinear" in ops(spelled.proto)) == ("xs2" in extra)
 
 
@@ -196,7 +197,7 @@ def test_the_source_s_kernel_is_not_trusted():
     feed = spelling.feed()
     report = compiled(spelling.model()).report
     assert report.sites[0].terms == 1
-    exact = exact_products(load(spelling.model())).proto
+    exact = exact_products(Linked.of(load(spelling.model()))).proto
     stored = {t.name: t for t in exact.graph.initializer}
     product = next(n for n in exact.graph.node if n.op_type == "MatMulInteger")
     assert {stored[name].data_type for name in (product.input[1], product.input[3])} == {onnx.TensorProto.UINT8}
