@@ -123,6 +123,8 @@ def cases(models: list[Seed], seed: int) -> Iterator[Case]:
             words = ("compile", "model.onnx", "-o", "out.onnx", "--verify-seconds", "1")
         else:
             words = ("inspect", "model.onnx", "--verbose")
+        if rng.random() < 0.2:
+            words += ("--activations", "upgrade")
         yield Case(number, start, data, words)
 
 
