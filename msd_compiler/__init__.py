@@ -9,12 +9,19 @@ __path__ = extend_path(__path__, __name__)
 
 from .api import Compiled, VerificationFailed, compile, inspect, run, verify
 from .errors import ModelError, MsdError, OptionError, OutputError
+from .generate import Decoder, Generated, generate
+from .inputs import Feed
+from .kv_cache import KvCache
 from .quantize import Quantization
 from .report import Report
 from .runtime import library_path, register, session
 
 __all__ = [
     "Compiled",
+    "Decoder",
+    "Feed",
+    "Generated",
+    "KvCache",
     "ModelError",
     "MsdError",
     "OptionError",
@@ -23,6 +30,7 @@ __all__ = [
     "Report",
     "VerificationFailed",
     "compile",
+    "generate",
     "inspect",
     "library_path",
     "register",

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import onnx
 
+from .attention import AttentionSite
 from .build import NodeBuilder
 from .decide import Activations, Decided, Options, decide
 from .edit import Edit
@@ -18,11 +19,15 @@ from .errors import OptionError, OutputError
 from .facts import QuantizedLinear, ReasonCode
 from .genai import FolderOutput, GenaiFolder, default_folder, is_genai, merged_report
 from .inputs import Feed, NoInputs
+from .kv_cache import KvCache, store_caches_as_codes
+from .passes.lower_attention import keep_shapes, lower_attention, plan_of_cache
 from .passes.lower_linear import lower_linear
 from .quantize import Quantization
 from .report import METADATA_KEY, Outcome, Report, SiteRow, Verification, embedded_report, summarize
 from .runtime import RuntimeRefused, TimedOut, open_model, session
 from .runtime import run as run_session
+from .runtime_ops.attention import schema as attention_schema
+from .runtime_ops.attention.body import attention_body
 from .runtime_ops.matmul import schema as matmul_schema
 from .runtime_ops.matmul.body import matmul_body
 from .runtime_ops.matmul.reference import LIMITS
@@ -40,6 +45,7 @@ from .verification import (
     verify_sites,
     verify_whole,
 )
+from .verify_attention import RewrittenAttention
 
 ModelLike: TypeAlias = str | os.PathLike[str] | onnx.ModelProto
 
@@ -73,6 +79,7 @@ def inspect(
     terms: int | None = None,
     quantization: Quantization | None = None,
     activations: Literal["keep", "upgrade"] = "keep",
+    kv_cache: KvCache | None = None,
 ) -> Report:
     """What `compile` would do with a model, or, for a result of it, what it did.
 
@@ -84,7 +91,7 @@ def inspect(
     known = embedded_report(source.proto)
     if known is not None:
         return known.model_copy(update={"source": str(source.path) if source.path else None})
-    decided = decide(source, Options(terms, quantization, Activations(activations)), silent)
+    decided = decide(source, Options(terms, quantization, Activations(activations), kv_cache), silent)
     return _report(decided.source, decided.rows)
 
 
@@ -95,6 +102,7 @@ def compile(
     terms: int | None = None,
     quantization: Quantization | None = None,
     activations: Literal["keep", "upgrade"] = "keep",
+    kv_cache: KvCache | None = None,
     verify: bool = True,
     verify_seconds: float = DEFAULT_VERIFY_SECONDS,
     tolerance: float = DEFAULT_TOLERANCE,
@@ -114,6 +122,8 @@ def compile(
         activations: what becomes of activations that the model itself rounds to 8 or 16 bits. ``keep``: their codes are
             multiplied exactly, for that rounding is part of what the model means. ``upgrade``: it is left out, and the
             oracle is the model without it; how far that is from the model with it the report says beside it.
+        kv_cache: how to make float caches low-bit, which changes the model's cache inputs and outputs; None: they stay.
+            The oracle is then the model with the same rounding of its caches.
         verify: compare the result with the oracle.
         verify_seconds: time for that; what takes longer, or has more than 1 GB of weights, is verified layer by layer.
         tolerance: largest relative L2 distance of any output from the oracle.
@@ -130,11 +140,12 @@ def compile(
         raise OptionError(f"tolerance ({tolerance}) and verify seconds ({verify_seconds}) must be positive")
     if output is not None and not isinstance(model, onnx.ModelProto) and makes_folder(model, output):
         options: dict[str, Any] = {"terms": terms, "quantization": quantization, "activations": activations}
+        options |= {"kv_cache": kv_cache}
         options |= {"verify": verify, "verify_seconds": verify_seconds, "tolerance": tolerance}
         return _compile_folder(Path(model), Path(output), options | {"progress": progress})
     given = load(model)
     target = None if output is None else _target(given, Path(output))
-    decided = decide(given, Options(terms, quantization, Activations(activations)), progress)
+    decided = decide(given, Options(terms, quantization, Activations(activations), kv_cache), progress)
     source, report = decided.source, _report(decided.source, decided.rows)
     if not any(row.outcome is Outcome.REWRITTEN for row in report.sites):
         report = embedded_report(source.proto) or report  # a result says what was done to it
@@ -143,7 +154,7 @@ def compile(
         return Compiled(_copy(source, target), report, target, changed=False)
 
     unrounded = given if source is not given and weight_bytes(given.proto) <= WHOLE_UP_TO else None
-    reference = Reference(decided.oracle, unrounded, decided.other_activations)
+    reference = _reference(decided, unrounded)
     check = _Check(verify, verify_seconds, tolerance, progress)
     if target is None:
         store = WeightStore(None)
@@ -188,11 +199,12 @@ def verify(
     before, after = load(source), load(result)
     report = embedded_report(after.proto)
     upgraded = report and any(row.reason_code is ReasonCode.ACTIVATION_UPGRADED for row in report.sites)
-    decided = decide(before, Options(activations=Activations.UPGRADE if upgraded else Activations.KEEP), silent)
+    activations = Activations.UPGRADE if upgraded else Activations.KEEP
+    decided = decide(before, Options(activations=activations), silent)
     return verify_whole(
         before,
         after,
-        reference=Reference(decided.oracle, None, decided.other_activations),
+        reference=_reference(decided, None),
         feeds=feeds,
         runs=runs,
         tolerance=tolerance,
@@ -247,6 +259,7 @@ def _report(source: Source, rows: list[SiteRow]) -> Report:
 
 
 _BODIES = {
+    "Attention": (attention_body, attention_schema.VERSION),
     "MatMul": (matmul_body, matmul_schema.VERSION),
     "MatMulIntegerToFloat": (matmul_integer_to_float_body, integer_schema.VERSION),
 }
@@ -255,34 +268,54 @@ _BODIES = {
 
 def _rewrite(
     decided: Decided, report: Report, store: WeightStore, progress: Progress
-) -> tuple[onnx.ModelProto, list[RewrittenProduct]]:
+) -> tuple[onnx.ModelProto, list[RewrittenProduct | RewrittenAttention]]:
     linked = decided.linked
     edit = Edit(linked.source, store.add)
     taken = [d for d in decided.decisions if d.row.outcome is Outcome.REWRITTEN]
-    products: list[RewrittenProduct] = []
+    products: list[RewrittenProduct | RewrittenAttention] = []
+    ops: set[str] = set()
     for done, (site, choice) in enumerate((d.site, d.choice) for d in taken):
         progress("packing weights", done, len(taken))
-        fact = site.found
+        fact, build = site.found, NodeBuilder(edit, site.name)
+        if isinstance(fact, AttentionSite):
+            new_cache = decided.caches.get(site.name)
+            cache = new_cache or plan_of_cache(fact, linked)
+            nodes = lower_attention(fact, cache, build)
+            edit.replace(fact.scope, fact.replaced, nodes)
+            products += [RewrittenAttention(site.name, n, fact, cache) for n in nodes if n.domain == "msd"]
+            keep_shapes(fact, cache.bits, edit)
+            if new_cache is not None:
+                store_caches_as_codes(edit, fact, new_cache)
+            ops.add("Attention")
+            continue
         assert isinstance(fact, QuantizedLinear)
-        nodes = lower_linear(fact, choice, NodeBuilder(edit, site.name))
+        nodes = lower_linear(fact, choice, build)
         edit.replace(fact.scope, fact.replaced, nodes)
         shape = linked.shape(fact.scope, fact.y)
         if shape is not None:
             edit.declare(fact.scope, fact.y.name, fact.element_type, shape)
         ours = [node for node in nodes if node.domain == "msd"]
+        ops.update(node.op_type for node in ours)
         products += [
             RewrittenProduct(site.name, node, weight, fact.codes, fact.alpha, fact.bias)
             for node, weight in zip(ours, fact.weights, strict=True)
         ]
     progress("packing weights", len(taken), len(taken))
-    used = {product.node.op_type for product in products}
-    functions = [(body(edit.function_opset), version) for op, (body, version) in _BODIES.items() if op in used]
+    functions = [(body(edit.function_opset), version) for op, (body, version) in _BODIES.items() if op in ops]
     proto = edit.finish(functions)
     stale = [entry for entry in proto.metadata_props if entry.key == METADATA_KEY]
     for entry in stale:
         proto.metadata_props.remove(entry)
     proto.metadata_props.add(key=METADATA_KEY, value=report.portable().model_dump_json(exclude_none=True))
     return proto, products
+
+
+def _reference(decided: Decided, unrounded: Source | None) -> Reference | None:
+    if decided.oracle is None:
+        return None
+    if decided.with_float_caches is not None:
+        unrounded = unrounded or decided.source
+    return Reference(decided.oracle, unrounded, decided.with_float_caches, decided.other_activations)
 
 
 @dataclass(frozen=True)
@@ -298,8 +331,8 @@ class _Check:
         self,
         source: Source,
         result: Source,
-        reference: Reference,
-        products: list[RewrittenProduct],
+        reference: Reference | None,
+        products: list[RewrittenProduct | RewrittenAttention],
         report: Report,
     ) -> Report:
         """The report with what was found.
@@ -311,7 +344,9 @@ class _Check:
             return report
         verification: Verification | None = None
         note = "weights above 1 GB: every layer alone"
-        if weight_bytes(source.proto) <= WHOLE_UP_TO:
+        if reference is None:
+            note = "no standard op keeps scales per token in this cache: every layer alone"
+        elif weight_bytes(source.proto) <= WHOLE_UP_TO:
             try:
                 verification = verify_whole(
                     source,
@@ -329,7 +364,11 @@ class _Check:
                 note = str(error)
                 _result_is_to_blame(source, error)
         # A model that rounds its activations turns differences of 1e-7 into whole codes: there the layers tell.
-        if verification is None or not verification.passed or any(p.codes is not None for p in products):
+        if (
+            verification is None
+            or not verification.passed
+            or any(isinstance(p, RewrittenAttention) or p.codes is not None for p in products)
+        ):
             layers = verify_sites(
                 result, products, tolerance=self.tolerance, clock=Clock(self.seconds), progress=self.progress
             )

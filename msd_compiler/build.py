@@ -40,6 +40,16 @@ class NodeBuilder:
         )
         return outputs
 
+    def rename_last(self, name: str) -> None:
+        """Give the last node's output a name of the model's own: that of an output."""
+        self.nodes[-1].output[0] = name
+
+    def reduce_max(self, x: str, axis: int) -> str:
+        """ReduceMax over one axis, kept, whose axes are an attribute below opset 18."""
+        if self.opset < 18:
+            return self.node("ReduceMax", x, axes=[axis], keepdims=1)
+        return self.node("ReduceMax", x, self.constant("axes", np.array([axis], np.int64)), keepdims=1)
+
     def unsqueeze(self, x: str, axes: list[int]) -> str:
         """Unsqueeze, whose axes are an attribute below opset 13."""
         if not axes:
@@ -47,6 +57,16 @@ class NodeBuilder:
         if self.opset < 13:
             return self.node("Unsqueeze", x, axes=axes)
         return self.node("Unsqueeze", x, self.constant("axes", np.array(axes, np.int64)))
+
+    def split(self, x: str, sizes: list[int], axis: int) -> list[str]:
+        """Split, whose sizes are an attribute below opset 13."""
+        if self.opset < 13:
+            return self.node_of(len(sizes), "Split", x, axis=axis, split=sizes)
+        return self.node_of(len(sizes), "Split", x, self.constant("sizes", np.array(sizes, np.int64)), axis=axis)
+
+    def dimension(self, x: str, axis: int) -> str:
+        """``[1]`` int64: the size of one dimension."""
+        return self.node("Gather", self.node("Shape", x), self.constant("axis", np.array([axis], np.int64)))
 
     def transpose_last_two(self, x: str, rank: int) -> str:
         """Exchange the last two dimensions of a tensor of rank ``rank``."""

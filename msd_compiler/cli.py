@@ -21,6 +21,9 @@ from . import api, genai, screen
 from .api import DEFAULT_TOLERANCE, DEFAULT_VERIFY_SECONDS, VerificationFailed
 from .decide import Activations
 from .errors import MsdError, OptionError, OutputError
+from .generate import Generated, prompt_of
+from .generate import generate as generate_tokens
+from .kv_cache import KvCache
 from .quantize import Quantization
 from .report import Report, embedded_report
 from .source import load
@@ -68,6 +71,22 @@ ActivationsOption = Annotated[
         "--activations", help="those that the model itself rounds: keep their codes, exactly, or upgrade to float"
     ),
 ]
+
+
+def _generating(help: str, **bounds: float) -> Any:
+    return typer.Option(help=help, rich_help_panel="With --generate", **bounds)  # type: ignore[arg-type]
+
+
+KvCacheOption = Annotated[
+    Codes | None,
+    typer.Option("--kv-cache", help="make float caches low-bit; changes the model's cache inputs and outputs"),
+]
+Samples = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.npz", help="with --kv-cache: inputs to measure scales on; without, every token has its own"
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="a row for every layer")]
 
 
@@ -83,6 +102,8 @@ def compile(
     block_size: BlockSize = None,
     asymmetric: Asymmetric = False,
     activations: ActivationsOption = Activations.KEEP,
+    kv_cache: KvCacheOption = None,
+    samples: Samples = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the report there, too")] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="compare the result with the oracle")] = True,
     verify_seconds: Annotated[float, typer.Option(help="time for that; then layer by layer")] = DEFAULT_VERIFY_SECONDS,
@@ -96,7 +117,7 @@ def compile(
 
     Exit status 1: the result was further from the oracle than allowed and was not kept. 2: a mistake in the input.
     """
-    quantization = _quantization(quantize, block_size, asymmetric)
+    quantization, cache = _quantization(quantize, block_size, asymmetric), _kv_cache(kv_cache, samples)
     with _progress(quiet=json_) as progress:
         target = output if output is not None else api.default_output(model)
         if report is not None:
@@ -108,6 +129,7 @@ def compile(
                 terms=terms,
                 quantization=quantization,
                 activations=activations.value,
+                kv_cache=cache,
                 verify=verify,
                 verify_seconds=verify_seconds,
                 tolerance=tolerance,
@@ -138,12 +160,14 @@ def inspect(
     block_size: BlockSize = None,
     asymmetric: Asymmetric = False,
     activations: ActivationsOption = Activations.KEEP,
+    kv_cache: KvCacheOption = None,
+    samples: Samples = None,
     verbose: Verbose = False,
     json_: Json = False,
 ) -> None:
     """Show a model's linear layers: formats, sizes, what compile would do, and why not; of a result, what it did."""
-    quantization = _quantization(quantize, block_size, asymmetric)
-    report = api.inspect(model, terms=terms, quantization=quantization, activations=activations.value)
+    quantization, cache = _quantization(quantize, block_size, asymmetric), _kv_cache(kv_cache, samples)
+    report = api.inspect(model, terms=terms, quantization=quantization, activations=activations.value, kv_cache=cache)
     _show(report, json_, verbose)
 
 
@@ -173,27 +197,81 @@ def verify(
 @app.command(epilog="Example: msd run model.msd.onnx --inputs prompt.npz -o logits.npz")
 def run(
     model: Model,
-    inputs: Annotated[Path, typer.Option(metavar="FILE.npz", help="an array per input")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.npz", help="an array per output")],
+    inputs: Annotated[
+        Path, typer.Option(metavar="FILE.npz", help="an array per input; to generate: input_ids, and attention_mask")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE.npz", help="an array per output; to generate: tokens, optional"),
+    ] = None,
     portable: Annotated[bool, typer.Option("--portable", help="without the native library")] = False,
+    generate: Annotated[bool, typer.Option("--generate", help="continue a prompt, with the model's KV cache")] = False,
+    max_new_tokens: Annotated[int | None, _generating("tokens to add; default: 64", min=1)] = None,
+    temperature: Annotated[float | None, _generating("default: 0, the likeliest token", min=0)] = None,
+    top_k: Annotated[int | None, _generating("draw among so many likeliest tokens", min=1)] = None,
+    top_p: Annotated[float | None, _generating("draw among tokens of so much probability", min=0, max=1)] = None,
+    seed: Annotated[int | None, _generating("of the drawing; default: 0", min=0)] = None,
+    stop: Annotated[list[int] | None, _generating("an id that ends a row; may be repeated")] = None,
+    capacity: Annotated[int | None, _generating("tokens in caches that are buffers", min=1)] = None,
     json_: Json = False,
 ) -> None:
-    """Run a model once, with the native kernels or, to compare, without."""
-    _check_writable(output, model, inputs)
+    """Run a model once, with the native kernels or, to compare, without; or generate tokens with it."""
+    given: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    given |= {"seed": seed, "stop": stop or None, "capacity": capacity}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if chosen and not generate:
+        raise OptionError(f"--{next(iter(chosen)).replace('_', '-')} says how to --generate")
+    if output is None and not generate:
+        raise OptionError("--output FILE.npz is needed: where to write the arrays")
+    if output is not None:
+        _check_writable(output, model, inputs)
+    arrays = read_feed(inputs).arrays
+    if generate:
+        prompt = prompt_of(arrays, inputs)
+        with _progress(quiet=json_) as progress:
+            progress("generating", 0, 1)
+            generated = generate_tokens(model, prompt, portable=portable, **chosen)
+        _save_arrays(output, {"tokens": generated.tokens})
+        _show_generated(generated, output, json_)
+        return
     with _progress(quiet=json_) as progress:
         progress("running", 0, 1)
-        arrays = api.run(model, read_feed(inputs).arrays, portable=portable)
-    try:
-        with output.open("wb") as file:
-            np.savez(file, **{name: _storable(array) for name, array in arrays.items()})  # type: ignore[arg-type]
-    except OSError as error:
-        raise OutputError(f"output {str(output)!r} cannot be written: {error.strerror}") from error
-    shapes = {name: list(array.shape) for name, array in arrays.items()}
+        results = api.run(model, arrays, portable=portable)
+    _save_arrays(output, results)
+    shapes = {name: list(array.shape) for name, array in results.items()}
     if json_:
         print(json.dumps({"output": str(output), "shapes": shapes}, indent=2))
     else:
         for name, shape in shapes.items():
             _console().print(f"{name} {shape}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _save_arrays(output: Path | None, arrays: dict[str, np.ndarray]) -> None:
+    if output is None:
+        return
+    try:
+        with output.open("wb") as file:
+            np.savez(file, **{name: _storable(array) for name, array in arrays.items()})  # type: ignore[arg-type]
+    except OSError as error:
+        raise OutputError(f"output {str(output)!r} cannot be written: {error.strerror}") from error
+
+
+def _show_generated(generated: Generated, output: Path | None, as_json: bool) -> None:
+    speed = generated.tokens_per_second
+    if as_json:
+        facts = {"tokens": generated.rows, "prefill_ms": generated.prefill_ms}
+        facts |= {"decode_ms": generated.decode_ms.tolist(), "tokens_per_second": speed}
+        print(json.dumps(facts | {"output": None if output is None else str(output)}, indent=2))
+        return
+    for row in generated.rows:
+        _console().print(" ".join(map(str, row)), soft_wrap=True, highlight=False, markup=False)
+    rate = f", then {speed:.3g} tokens per second" if speed is not None else ""
+    _console().print(f"prompt {generated.prefill_ms:.3g} ms{rate}", soft_wrap=True, highlight=False)
 
 
 @app.command(epilog="Example: msd demo -o demo.msd.onnx")
@@ -252,6 +330,14 @@ def _show(report: Report, as_json: bool, verbose: bool) -> None:
         print(report.json_text(), end="")
     else:
         screen.print_report(_console(), report, verbose=verbose)
+
+
+def _kv_cache(codes: Codes | None, samples: Path | None) -> KvCache | None:
+    if codes is None:
+        if samples is not None:
+            raise OptionError("--samples says how to scale the cache of --kv-cache int8 or int4; give that, too")
+        return None
+    return KvCache(8 if codes is Codes.INT8 else 4, None if samples is None else [read_feed(samples)])
 
 
 def _quantization(codes: Codes | None, block_size: int | None, asymmetric: bool) -> Quantization | None:

@@ -5,31 +5,35 @@ The one place that knows engine and rules alike, with `api`, which carries out w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from onnx import TensorProto
 
+from .attention import AttentionSite, CachePlan, bytes_per_token, not_lowered
 from .choose import Choice, choose
 from .errors import ModelError
 from .exact_products import exact_products
 from .facts import ActivationCodes, QuantizedLinear, ReasonCode, Reject
 from .float_activations import float_activations
 from .inline import inlined
+from .kv_cache import KvCache, cache_plans, float_caches, has_oracle, why_not, with_rounded_cache
 from .linked import Linked
-from .passes import READERS, REFINERS
+from .passes import ATTENTION_READERS, READERS, REFINERS
 from .passes.lower_linear import packed_bytes, plan_of
 from .quantize import Quantization
 from .quantize import quantize as round_weights
 from .reader import Site, find_sites
 from .report import UNSUPPORTED, Outcome, SiteRow
+from .runtime_ops.attention.body import OLDEST_OPSET as OLDEST_ATTENTION
 from .runtime_ops.matmul.reference import LIMITS
 from .runtime_ops.matmul.weight_body import OLDEST_OPSET
 from .source import Source, type_name
 from .unfuse import Place, gaining_products, unfused
-from .verification import Progress
+from .verification import Convert, Progress
 
 
 class Activations(StrEnum):
@@ -50,6 +54,8 @@ class Options:
     quantization: Quantization | None = None
     """How to round the weights of float layers; None: they stay float."""
     activations: Activations = Activations.KEEP
+    kv_cache: KvCache | None = None
+    """How to make float caches low-bit; None: they stay."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,12 @@ class Decided:
     linked: Linked
     """The same as readers see it: functions inlined, integer products spelled out, activations float where asked."""
     decisions: tuple[Decision, ...]
-    oracle: Source
-    """What the result must mean; it has no product that a CPU saturates."""
+    oracle: Source | None
+    """What the result must mean; it has no product that a CPU saturates. None: no standard ops say it."""
+    caches: Mapping[str, CachePlan]
+    """By name of an attention whose cache becomes low-bit, how it is kept."""
+    with_float_caches: Convert | None
+    """Makes a feed of the source, whose caches are float, of one of the oracle's; None: they are the same."""
     other_activations: Source | None
     """The model with the roundings of its activations the other way: left out where kept, left in where left out."""
 
@@ -122,10 +132,26 @@ def _decide(source: Source, flat: Source, options: Options, rounded: dict[str, s
         is_rounded = any(_codes(site) is not None for site in sites)
         oracle = kept if kept is not flat else source
         other = float_activations(as_it_is)[0] if is_rounded else None
+    caches: dict[str, CachePlan] = {}
+    convert: Convert | None = None
+    meaning: Source | None = oracle
+    if options.kv_cache is not None:
+        changeable = _changeable(sites, options.kv_cache)
+        caches = cache_plans(linked.source, changeable, options.kv_cache)
+        if caches:
+            other = None  # it takes other inputs
+            convert = float_caches(changeable, caches)
+            meaning = _with_rounded_cache(oracle, caches) if has_oracle(changeable, options.kv_cache) else None
     choices = choose(linked, sites, options.terms)
     decisions = []
     for site, choice in zip(sites, choices, strict=True):
         row = _row(linked.source, site, choice)
+        if options.kv_cache is not None and row.reason_code is ReasonCode.FLOAT_CACHE:
+            assert isinstance(site.found, AttentionSite)
+            if site.name in caches:
+                _make_low_bit(row, site.found, caches[site.name], options.kv_cache)
+            else:
+                row.reason = f"its cache stays float: {why_not(site.found, options.kv_cache)}"
         if site.name in forms:
             row.form = forms[site.name]
         if row.outcome is Outcome.REWRITTEN:
@@ -136,11 +162,38 @@ def _decide(source: Source, flat: Source, options: Options, rounded: dict[str, s
                 _note(row, ReasonCode.ACTIVATION_UPGRADED, text)
             _say_why(row, site, choice)
         decisions.append(Decision(site, choice, row))
-    return Decided(source, linked, tuple(decisions), oracle, other)
+    return Decided(source, linked, tuple(decisions), meaning, caches, convert, other)
+
+
+def _changeable(sites: Sequence[Site], how: KvCache) -> dict[str, AttentionSite]:
+    """The attentions whose float cache can become codes, by name."""
+    return {
+        site.name: site.found
+        for site in sites
+        if isinstance(site.found, AttentionSite) and site.found.key_cache.codes is None and not why_not(site.found, how)
+    }
+
+
+def _with_rounded_cache(oracle: Source, plans: Mapping[str, CachePlan]) -> Source:
+    """The oracle with its caches rounded: its own attentions, found anew, for products may be spelled otherwise in it."""
+    linked = Linked.of(oracle)
+    found = {s.name: s.found for s in _sites(linked) if isinstance(s.found, AttentionSite) and s.name in plans}
+    return with_rounded_cache(linked, found, plans)
+
+
+def _make_low_bit(row: SiteRow, site: AttentionSite, plan: CachePlan, how: KvCache) -> None:
+    row.outcome, row.terms = Outcome.REWRITTEN, 2
+    row.reason = f"its {row.format} becomes {how}"
+    if plan.key_scales is not None:
+        past, present = plan.key_scales.past, plan.key_scales.present
+        row.reason += f"; the caller's loop must carry the scales too ({present!r} becomes {past!r}, values likewise)"
+    row.reason_code = ReasonCode.CACHE_ROUNDED
+    row.format = f"int{plan.bits} cache"
+    row.cache_bytes = bytes_per_token(site, plan.bits, dynamic=plan.dynamic)
 
 
 def _sites(linked: Linked) -> list[Site]:
-    return find_sites(linked, READERS, REFINERS)
+    return find_sites(linked, (*READERS, *ATTENTION_READERS), REFINERS)
 
 
 def _with_codes(linked: Linked) -> tuple[Linked, list[Site], dict[str, str]]:
@@ -172,13 +225,15 @@ def _row(source: Source, site: Site, choice: Choice) -> SiteRow:
         outcome = Outcome.UNSUPPORTED if found.code in UNSUPPORTED else Outcome.KEPT
         return SiteRow(
             node=site.name,
-            kind="embedding" if found.code is ReasonCode.EMBEDDING else "linear",
+            kind=_KINDS.get(found.code, "linear"),
             form=str(site.node.op),
             outcome=outcome,
             reason=found.reason,
             reason_code=found.code,
             **found.known,  # type: ignore[arg-type]
         )
+    if isinstance(found, AttentionSite):
+        return _attention_row(source, site.name, found)
     weight, codes = found.weight, found.codes
     row = SiteRow(
         node=site.name,
@@ -190,16 +245,56 @@ def _row(source: Source, site: Site, choice: Choice) -> SiteRow:
         outcome=Outcome.KEPT,
     )
     if 0 < source.opset < OLDEST_OPSET:
-        row.reason = (
-            f"the model imports opset {source.opset}; msd.MatMul needs {OLDEST_OPSET} or later (onnx.version_converter)"
-        )
-        row.reason_code = ReasonCode.OPSET_TOO_OLD
-        return row
+        return _too_old(row, source, "msd.MatMul", OLDEST_OPSET)
     row.outcome = Outcome.REWRITTEN
     row.terms = choice.terms if codes is None else codes.terms
     row.group = plan_of(found, choice).block_size if codes is None else None
     row.error_bound = 0.5 / LIMITS[choice.terms] if codes is None else 0.0
     row.weight_bytes = packed_bytes(found, choice)
+    return row
+
+
+_KINDS: dict[ReasonCode, Literal["embedding", "attention"]] = {
+    ReasonCode.EMBEDDING: "embedding",
+    ReasonCode.NO_CACHE: "attention",
+    ReasonCode.ATTENTION_FORM: "attention",
+}
+"""By reason code, what was found if it is no linear layer."""
+
+
+def _attention_row(source: Source, name: str, site: AttentionSite) -> SiteRow:
+    codes = site.key_cache.codes
+    row = SiteRow(
+        node=name,
+        kind="attention",
+        form=site.form,
+        format=f"{type_name(site.element_type)} cache" if codes is None else f"int{codes.bits} cache",
+        m=site.rows,
+        heads=site.heads,
+        kv_heads=site.kv_heads,
+        head_size=site.head_size,
+        outcome=Outcome.KEPT,
+        source_cache_bytes=bytes_per_token(site, None if codes is None else codes.bits),
+    )
+    if 0 < source.opset < OLDEST_ATTENTION:
+        return _too_old(row, source, "msd.Attention", OLDEST_ATTENTION)
+    if codes is None:
+        row.reason = "its cache is float: there are no codes to multiply; --kv-cache int8 or int4 makes it low-bit"
+        row.reason_code = ReasonCode.FLOAT_CACHE
+        return row
+    reason = not_lowered(site)
+    if reason is not None:
+        row.outcome, row.reason, row.reason_code = Outcome.UNSUPPORTED, reason, ReasonCode.ATTENTION_FORM
+        return row
+    row.outcome = Outcome.REWRITTEN
+    row.terms = 2
+    row.cache_bytes = row.source_cache_bytes
+    return row
+
+
+def _too_old(row: SiteRow, source: Source, op: str, needed: int) -> SiteRow:
+    row.reason = f"the model imports opset {source.opset}; {op} needs {needed} or later (onnx.version_converter)"
+    row.reason_code = ReasonCode.OPSET_TOO_OLD
     return row
 
 
@@ -212,7 +307,7 @@ def _say_why(row: SiteRow, site: Site, choice: Choice) -> None:
         if codes.element_type == TensorProto.UINT8 and (row.format or "").startswith("int8"):
             text += "; onnxruntime's own product of uint8 by int8 saturates on CPUs without VNNI"
         _note(row, ReasonCode.ACTIVATION_CODES, text)
-    elif choice.rounded_by is not None:
+    elif choice.rounded_by is not None and row.kind == "linear":
         text = f"three terms: {choice.rounded_by!r} further on rounds to integers, where a small error becomes a jump"
         _note(row, ReasonCode.ROUNDED_DOWNSTREAM, text)
 

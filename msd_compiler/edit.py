@@ -43,6 +43,7 @@ class Edit:
         self._constants: dict[bytes, str] = {}
         self._replacements: dict[int, dict[int, list[onnx.NodeProto]]] = {}
         self._renames: dict[int, dict[str, str]] = defaultdict(dict)
+        self._reroutes: dict[int, dict[str, str]] = defaultdict(dict)
         self._undeclared: dict[int, set[str]] = defaultdict(set)
 
     @property
@@ -100,6 +101,17 @@ class Edit:
         """Let all who read ``tensor`` read ``to``."""
         self._renames[scope.index][tensor] = to
 
+    def reroute(self, scope: Scope, tensor: str, to: str) -> None:
+        """Let the nodes of the model that read ``tensor`` read ``to``; not those that are new, and no graph output."""
+        self._reroutes[scope.index][tensor] = to
+
+    def signature(self, *names: str) -> list[onnx.ValueInfoProto]:
+        """What the model says of those of its inputs and outputs, to be changed; forgets what it says of such inside."""
+        values = self.proto.graph.value_info
+        if any(v.name in names for v in values):
+            _keep(values, [v for v in values if v.name not in names])
+        return [v for v in (*self.proto.graph.input, *self.proto.graph.output) if v.name in names]
+
     def bypass(self, scope: Scope, node: gs.Node, to: str) -> None:
         """Take a node away and let all who read its output read ``to``; a graph output keeps its name."""
         position = scope.position(node)
@@ -113,6 +125,8 @@ class Edit:
         Args:
             functions: each with the version of its domain.
         """
+        for index, reroutes in self._reroutes.items():
+            _rename(self.proto, index, reroutes, outputs=False)
         suspects: set[tuple[int, str]] = set()
         made: set[tuple[int, str]] = set()
         for index in sorted(self._replacements, reverse=True):  # nested graphs before those around them
@@ -232,7 +246,7 @@ def _drop_unused(proto: onnx.ModelProto, suspects: set[tuple[int, str]]) -> None
                 _keep(graph.value_info, [v for v in graph.value_info if v.name not in gone[index]])
 
 
-def _rename(proto: onnx.ModelProto, index: int, renames: dict[str, str]) -> None:
+def _rename(proto: onnx.ModelProto, index: int, renames: dict[str, str], *, outputs: bool = True) -> None:
     """Change what the nodes of a graph, and of those nested in it that define no such name, read."""
 
     def final(name: str) -> str:
@@ -257,7 +271,7 @@ def _rename(proto: onnx.ModelProto, index: int, renames: dict[str, str]) -> None
             for i, name in enumerate(node.input):
                 if name in renames and name not in masked:
                     node.input[i] = final(name)
-        for output in graph.output:
+        for output in graph.output if outputs else ():
             name = output.name
             if name in renames and name not in masked and final(name) != name:
                 graph.node.add(op_type="Identity", input=[final(name)], output=[name], name=f"{name}/Identity")

@@ -5,23 +5,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import onnx_graphsurgeon as gs
 
+from .attention import AttentionSite
 from .errors import ModelError
 from .facts import QuantizedLinear, Reject
 from .linked import Linked, Scope
 from .pattern import Match, Op, match
 
+Fact: TypeAlias = QuantizedLinear | AttentionSite
+
 
 class Reader(ABC):
-    """Recognises one spelling of a linear layer: a pattern, and what else must hold."""
+    """Recognises one spelling of a linear layer or of attention: a pattern, and what else must hold."""
 
     patterns: tuple[Op, ...]
 
     @abstractmethod
-    def read(self, m: Match, linked: Linked) -> QuantizedLinear | None:
-        """The layer's facts; None if this is no linear layer after all.
+    def read(self, m: Match, linked: Linked) -> Fact | None:
+        """The site's facts; None if this is none after all.
 
         Raises:
             Reject: it is one, but is not taken.
@@ -39,11 +43,11 @@ class Refiner(ABC):
 
 @dataclass(frozen=True)
 class Site:
-    """A place where a linear layer stands, taken or not."""
+    """A place where a linear layer or attention stands, taken or not."""
 
     scope: Scope
     node: gs.Node
-    found: QuantizedLinear | Reject
+    found: Fact | Reject
 
     @property
     def name(self) -> str:
@@ -52,7 +56,7 @@ class Site:
 
 
 def find_sites(linked: Linked, readers: Sequence[Reader], refiners: Sequence[Refiner]) -> list[Site]:
-    """Every linear layer of the model, in graph order. The first reader that recognises a node speaks for it."""
+    """Every linear layer and attention of the model, in graph order. The first reader that recognises a node speaks for it."""
     by_op: dict[str, list[tuple[Reader, Op]]] = {}
     for reader in readers:
         for pattern in reader.patterns:
@@ -65,12 +69,13 @@ def find_sites(linked: Linked, readers: Sequence[Reader], refiners: Sequence[Ref
             m = match(pattern, node, scope)
             if m is None:
                 continue
-            found: QuantizedLinear | Reject | None
+            found: Fact | Reject | None
             try:
                 found = reader.read(m, linked)
-                if found is not None:
+                if isinstance(found, QuantizedLinear):
                     for refiner in refiners:
                         found = refiner.refine(found, linked)
+                if found is not None:
                     _refuse_graphs(found)
             except Reject as reject:
                 found = reject
@@ -83,7 +88,7 @@ def find_sites(linked: Linked, readers: Sequence[Reader], refiners: Sequence[Ref
     return sites
 
 
-def _refuse_graphs(fact: QuantizedLinear) -> None:
+def _refuse_graphs(fact: Fact) -> None:
     """See that no node that goes away has a graph inside: none of these ops takes one, and others count graphs.
 
     Raises:

@@ -38,6 +38,7 @@ UNSUPPORTED = frozenset(
         ReasonCode.UNKNOWN_RANK,
         ReasonCode.COLUMN_ORDER,
         ReasonCode.FUSED_OP,
+        ReasonCode.ATTENTION_FORM,
     }
 )
 """Reasons for `Outcome.UNSUPPORTED`; the others mean `Outcome.KEPT`."""
@@ -48,15 +49,18 @@ class _Row(BaseModel):
 
 
 class SiteRow(_Row):
-    """One linear layer of the source, or one lookup in a low-bit table."""
+    """One linear layer or attention of the source, or one lookup in a low-bit table."""
 
     node: str = Field(description="name of the node that multiplies, or of its first output")
-    kind: Literal["linear", "embedding"] = "linear"
+    kind: Literal["linear", "embedding", "attention"] = "linear"
     form: str = Field(description="spelling in the source, e.g. DequantizeLinear -> Transpose -> MatMul")
     format: str | None = Field(None, description="weight format, e.g. int4 block 32, zero points")
     m: int | str | None = Field(None, description="rows of the activation: a number or a product of dimension names")
     k: int | None = Field(None, description="length of the reduction")
     n: int | None = Field(None, description="output columns")
+    heads: int | None = Field(None, description="attention: query heads")
+    kv_heads: int | None = Field(None, description="attention: heads of keys and values")
+    head_size: int | None = Field(None, description="attention: columns of a head")
     outcome: Outcome
     reason: str | None = Field(None, description="why it was not rewritten, or with what choice, for people")
     reason_code: ReasonCode | None = Field(None, description="the same, stable")
@@ -66,6 +70,8 @@ class SiteRow(_Row):
         None, description="largest error of an activation element over the largest magnitude of its group"
     )
     weight_bytes: int | None = Field(None, description="bytes of the packed codes in the result")
+    cache_bytes: int | None = Field(None, description="attention: bytes of a token in the result's cache")
+    source_cache_bytes: int | None = Field(None, description="attention: bytes of a token in the source's cache")
 
 
 class Summary(_Row):
@@ -109,7 +115,8 @@ class OutputRow(_Row):
         None, description="the source's own distance with optimizations off: float16's rounding, 0 for float32"
     )
     rounding_relative_l2: float | None = Field(
-        None, description="the oracle against the float model that was to be quantized: what rounding its weights did"
+        None,
+        description="the oracle against the model before its weights or caches were rounded: what that rounding did",
     )
     other_activations_relative_l2: float | None = Field(
         None,

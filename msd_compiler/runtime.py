@@ -27,7 +27,18 @@ from .errors import MsdError, OptionError
 from .runtime_ops import library_path
 from .source import Source, copy_fields, is_external, nbytes, stored_tensors
 
-__all__ = ["RuntimeRefused", "TimedOut", "library_path", "open_model", "register", "run", "session"]
+__all__ = [
+    "RuntimeRefused",
+    "TimedOut",
+    "array_of",
+    "library_path",
+    "open_model",
+    "ort_value",
+    "register",
+    "run",
+    "run_bound",
+    "session",
+]
 
 _RUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"  # means nothing to onnxruntime 1.20
@@ -183,6 +194,36 @@ def run(
     return results
 
 
+def run_bound(session: onnxruntime.InferenceSession, binding: onnxruntime.IOBinding, *, quiet: bool = False) -> None:
+    """Run a session on values bound to its inputs and outputs.
+
+    Raises:
+        RuntimeRefused: a value does not fit, or a node fails; if ``quiet``, onnxruntime prints nothing of it.
+    """
+    options = None  # to look into options costs onnxruntime's Python part 0.2 ms a run
+    if quiet:
+        options = onnxruntime.RunOptions()
+        options.log_severity_level = 4
+    try:
+        session.run_with_iobinding(binding, options)
+    except Exception as error:
+        raise RuntimeRefused(f"onnxruntime {onnxruntime.__version__} cannot run it: {_one_line(error)}") from error
+
+
+def ort_value(array: np.ndarray) -> onnxruntime.OrtValue:
+    """An array for the runtime, without a copy if it is contiguous; of bfloat16 too, which onnxruntime does not take from NumPy."""
+    array = np.ascontiguousarray(array).reshape(array.shape)  # a scalar stays one
+    if array.dtype == ml_dtypes.bfloat16:
+        bits = array.view(np.uint16)
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, TensorProto.BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def array_of(value: onnxruntime.OrtValue) -> np.ndarray:
+    """A copy of a tensor in the CPU's memory; of bfloat16 too, which onnxruntime does not give to NumPy."""
+    return _bfloat16_array(value) if value.data_type() == _BFLOAT16 else np.asarray(value.numpy())
+
+
 _BFLOAT16 = "tensor(bfloat16)"
 
 
@@ -194,15 +235,11 @@ def _run_values(
     if _BFLOAT16 not in types.values():
         return list(session.run(outputs, dict(feed), options))
     values = {
-        name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
-            np.ascontiguousarray(array.astype(ml_dtypes.bfloat16)).view(np.uint16), TensorProto.BFLOAT16
-        )
-        if types.get(name) == _BFLOAT16
-        else onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        name: ort_value(array.astype(ml_dtypes.bfloat16) if types.get(name) == _BFLOAT16 else array)
         for name, array in feed.items()
     }
     found = session.run_with_ort_values(outputs, values, options)
-    return [_bfloat16_array(v) if v.data_type() == _BFLOAT16 else v.numpy() for v in found]
+    return [array_of(v) for v in found]
 
 
 def _bfloat16_array(value: onnxruntime.OrtValue) -> np.ndarray:

@@ -13,11 +13,15 @@ from .report import Agreement, Method, Outcome, OutputRow, Report, SiteRow, Veri
 
 _STYLE = {Outcome.REWRITTEN: "green", Outcome.KEPT: "", Outcome.UNSUPPORTED: "yellow"}
 _MANY = 12
+_NAMES = ("linear", "attention", "embedding")
 
 
 def report_view(report: Report, *, verbose: bool = False) -> RenderableType:
     """The whole report: what was found, what was done, how right it is."""
     parts: list[RenderableType] = [_summary_line(report), _sites_table(report.sites, verbose=verbose)]
+    cache = _cache_line(report.sites)
+    if cache:
+        parts.append(Text(cache))
     reasons = _reasons(report.sites)
     if reasons is not None:
         parts += [Text(), reasons]
@@ -34,7 +38,9 @@ def verification_view(verification: Verification) -> RenderableType:
         parts += [Text(line) for line in _argmax_lines(verification.outputs)]
         moved = [o.rounding_relative_l2 for o in verification.outputs if o.rounding_relative_l2 is not None]
         if moved:
-            parts.append(Text(f"rounding the weights moved the outputs by up to {max(moved):.2e} (not counted above)"))
+            parts.append(
+                Text(f"the rounding that was asked for moved the outputs by up to {max(moved):.2e} (not counted above)")
+            )
         moved = [
             o.other_activations_relative_l2 for o in verification.outputs if o.other_activations_relative_l2 is not None
         ]
@@ -60,11 +66,31 @@ def _summary_line(report: Report) -> Text:
     s = report.summary
     if not s.sites:
         return Text("no linear layers with stored weights: nothing to rewrite")
-    lookups = sum(site.kind == "embedding" for site in report.sites)
-    line = f"{s.sites - lookups} linear layers: {s.rewritten} rewritten, {s.kept - lookups} kept, {s.unsupported} unsupported"
-    if lookups:
-        line += f"; {lookups} low-bit embedding{'s' if lookups != 1 else ''} kept"
+    by_kind = {kind: [site.outcome for site in report.sites if site.kind == kind] for kind in _NAMES}
+    line = _counts("linear layer", by_kind["linear"])
+    if by_kind["embedding"]:
+        line += f"; {_number(len(by_kind['embedding']), 'low-bit embedding')} kept"
+    if by_kind["attention"]:
+        line += "\n" + _counts("attention", by_kind["attention"])
     return Text(line, style="bold")
+
+
+def _counts(name: str, outcomes: list[Outcome]) -> str:
+    counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in Outcome)
+    return f"{_number(len(outcomes), name)}: {counts}"
+
+
+def _number(count: int, name: str) -> str:
+    return f"{count} {name}{'' if count == 1 else 's'}"
+
+
+def _cache_line(sites: list[SiteRow]) -> str:
+    """Bytes of a token in all caches, before and after."""
+    changed = [s for s in sites if s.cache_bytes and s.source_cache_bytes and s.cache_bytes != s.source_cache_bytes]
+    if not changed:
+        return ""
+    before, after = (sum(getattr(s, f) or 0 for s in changed) for f in ("source_cache_bytes", "cache_bytes"))
+    return f"cache: {before} bytes a token before, {after} now"
 
 
 def _sites_table(sites: list[SiteRow], *, verbose: bool) -> RenderableType:
@@ -92,6 +118,8 @@ def _sites_table(sites: list[SiteRow], *, verbose: bool) -> RenderableType:
 
 
 def _size(site: SiteRow) -> str:
+    if site.kind == "attention" and site.heads:
+        return f"{site.heads}/{site.kv_heads} heads"
     return f"{site.k} x {site.n}" if site.k and site.n else ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .oracle import half_precision, is_widened, oracle_model, widen_inputs
 from .report import Method, OutputRow, SiteError, Verification
 from .runtime import RuntimeRefused, TimedOut, open_model, run
 from .source import Source
+from .verify_attention import RewrittenAttention, attention_error
 
 WHOLE_UP_TO = 2**30
 """Bytes of weights up to which `msd compile` runs the whole model."""
@@ -77,6 +78,10 @@ class _Runner:
         return outputs
 
 
+Convert = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""Makes one model's feed of another's."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """What a result is measured by, each a model run with optimizations off and half precision widened."""
@@ -84,7 +89,9 @@ class Reference:
     oracle: Source
     """What the result must mean."""
     unrounded: Source | None = None
-    """The float model that the source's weights were rounded from."""
+    """The model before its weights, or its caches, were rounded."""
+    unrounded_feed: Convert | None = None
+    """What its inputs are, from the oracle's: caches as the floats that their codes stand for. None: the same."""
     other_activations: Source | None = None
     """The model with the roundings of its activations left out where they are kept, left in where they are left out."""
 
@@ -111,7 +118,8 @@ def verify_whole(
         feeds: inputs; None: made from the source's signature.
         runs: times that each is run for its median time, interleaved.
         tolerance: largest relative L2 of any output; if it is more, twice a half-precision source's own distance, and
-            what the source's rounding of its activations does: where it is kept, a difference of 1e-7 moves whole codes.
+            what the source's rounding of its activations does, and half of what that of its caches does: a difference of 1e-7
+            moves whole codes.
 
     Raises:
         NoInputs: no inputs were found on which the source runs.
@@ -124,22 +132,27 @@ def verify_whole(
     reference = reference or Reference(source)
     names, feeds, expected = _oracle_outputs(reference.oracle, feeds, clock, seed)
     own = _own_outputs(source, feeds, clock) if half else None
-    exact, other = (
-        _oracle_outputs(model, feeds, clock, seed)[2] if model else None
-        for model in (reference.unrounded, reference.other_activations)
-    )
+    exact = _unrounded_outputs(reference, names, feeds, clock)
+    other = None
+    if reference.other_activations is not None:
+        other = _oracle_outputs(reference.other_activations, feeds, clock, seed)[2]
     progress("verifying", 1, 4)
 
     native = _open(result, "the result")
     found = [native(feed, clock) for feed in feeds]
     baseline = _try_open(source)
-    today = [baseline(feed, clock) for feed in feeds] if baseline else None
+    today: list[list[Any]] | None = None
+    try:
+        today = [baseline(feed, clock) for feed in feeds] if baseline else None
+    except RuntimeRefused:
+        baseline = None  # its caches are float, and the feeds' are not
     portable = _open(result, "the result without the native library", portable=True)
     without = [portable(feed, clock) for feed in feeds]
     progress("verifying", 2, 4)
 
     rows = []
     for i, feed in enumerate(feeds):
+        moved = _moved_by_caches(reference, names, expected[i], exact[i] if exact else None)
         for j, name in enumerate(names):
             if not isinstance(expected[i][j], np.ndarray) or expected[i][j].dtype.kind in "OSU":
                 continue
@@ -152,10 +165,10 @@ def verify_whole(
                     portable=without[i][j],
                     baseline=today[i][j] if today else None,
                     source=own[i][j] if own else None,
-                    unrounded=exact[i][j] if exact else None,
+                    unrounded=exact[i].get(name) if exact else None,
                     other=other[i][j] if other else None,
                     half=half,
-                    tolerance=tolerance,
+                    tolerance=max(tolerance, 0.5 * moved),
                 )
             )
     progress("verifying", 3, 4)
@@ -184,6 +197,44 @@ def _oracle_outputs(
             clock.check()  # a refusal for want of time is no refusal
             raise
     return [o.name for o in oracle.session.get_outputs()], feeds, [oracle(feed, clock) for feed in feeds]
+
+
+def _unrounded_outputs(
+    reference: Reference, names: list[str], feeds: Sequence[Feed], clock: Clock
+) -> list[dict[str, np.ndarray]] | None:
+    """By feed and name, what the unrounded model says: outputs that it has under that name, of floats as here."""
+    if reference.unrounded is None:
+        return None
+    oracle = _open_oracle(reference.unrounded)
+    convert = reference.unrounded_feed or dict
+    found = []
+    for feed in feeds:
+        said = dict(
+            zip(
+                (o.name for o in oracle.session.get_outputs()),
+                oracle(Feed(feed.name, convert(feed.arrays)), clock),
+                strict=True,
+            )
+        )
+        floats = {n: v for n, v in said.items() if isinstance(v, np.ndarray)}
+        caches = set() if reference.unrounded_feed is None else _codes_of(reference.oracle)
+        found.append({n: v for n, v in floats.items() if n in names and n not in caches})
+    return found
+
+
+def _codes_of(model: Source) -> set[str]:
+    """Outputs that are codes."""
+    codes = (TensorProto.INT8, TensorProto.UINT8)
+    return {o.name for o in model.proto.graph.output if o.type.tensor_type.elem_type in codes}
+
+
+def _moved_by_caches(
+    reference: Reference, names: list[str], expected: list[Any], exact: dict[str, np.ndarray] | None
+) -> float:
+    """How far rounding its caches moves a model, by the output that it moves most."""
+    if reference.unrounded_feed is None or exact is None:
+        return 0.0
+    return max((relative_l2(v, exact[n]) for n, v in zip(names, expected, strict=True) if n in exact), default=0.0)
 
 
 def _open_oracle(source: Source) -> _Runner:
@@ -262,12 +313,14 @@ def _row(
 
 
 def _rounding_of_codes(codes: np.ndarray) -> float:
-    """Relative L2 of one element in a hundred, at least one, being off by one code.
+    """Relative L2 of one element in ten, at least four, being off by one code; of bytes of two codes one in fifty.
 
     An output of integer codes (a low-bit cache) is a rounded value: one that lies at a boundary may fall on either side,
-    however close the value is.
+    however close the value is. Values 4e-4 apart do so in one of ten of 127 codes, and the fewer the codes the fewer.
     """
-    return float(np.sqrt(max(1.0, 0.01 * codes.size)) / (np.linalg.norm(codes.astype(np.float64)) or 1.0))
+    step, share = (16.0, 0.02) if codes.dtype == np.uint8 else (1.0, 0.1)
+    count = max(4.0, share * codes.size)
+    return float(step * np.sqrt(count) / (np.linalg.norm(codes.astype(np.float64)) or 1.0))
 
 
 def _is_logits(name: str, value: np.ndarray) -> bool:
@@ -314,14 +367,14 @@ _CODES_AT_ONCE = 2**20
 
 def verify_sites(
     result: Source,
-    products: Sequence[RewrittenProduct],
+    products: Sequence[RewrittenProduct | RewrittenAttention],
     *,
     tolerance: float = 1e-3,
     clock: Clock | None = None,
     progress: Progress = silent,
     seed: int = 0,
 ) -> Verification:
-    """Run every rewritten layer alone on a random activation and compare with float64.
+    """Run every rewritten layer and attention alone on random activations and compare with float64.
 
     One layer's weight is in memory at a time. When the clock runs out the layers done so far count, and a note says so.
 
@@ -336,7 +389,10 @@ def verify_sites(
         left = clock.left()
         if left is not None and left <= 0 and errors:
             break
-        errors.append(_site_error(result, product, stored, tolerance, seed + done))
+        if isinstance(product, RewrittenAttention):
+            errors.append(attention_error(result, product, seed + done))
+        else:
+            errors.append(_site_error(result, product, stored, tolerance, seed + done))
     progress("verifying layers", len(products), len(products))
     errors.sort(key=lambda e: -e.relative_l2)
     note = None if len(errors) == len(products) else f"{len(errors)} of {len(products)} layers in the time given"

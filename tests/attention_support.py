@@ -10,7 +10,7 @@ import onnx
 import onnxruntime as ort
 from msd_compiler.runtime_ops import library_path
 from msd_compiler.runtime_ops.attention import reference
-from msd_compiler.runtime_ops.attention.layout import LAYOUT, Plan, pack_codes, unpack_codes
+from msd_compiler.runtime_ops.attention.layout import APPEND, GROW, LAYOUT, SHARED, Plan, pack_codes, unpack_codes
 from onnx import TensorProto, helper
 
 INPUTS = ["query", "key", "value", "past_key", "past_value", "key_scale", "value_scale", "mask", "sinks", "lengths",
@@ -53,7 +53,7 @@ class Case:
         group = o["query"].shape[1] // o["key"].shape[1]
         for b in range(len(y)):
             length = int(np.broadcast_to(o["lengths"], len(y))[b])
-            behind = length if p.shared else o["past_key"].shape[2]
+            behind = o["past_key"].shape[2] if p.cache == APPEND else length
             tokens = np.r_[:length, behind : behind + o["key"].shape[2]]
             position = len(tokens) - y.shape[2] + np.arange(y.shape[2])[:, None]
             t = np.arange(len(tokens))
@@ -97,6 +97,7 @@ def make_case(
     bits: int = 8,
     scales: str = "tensor",
     shared: bool = False,
+    grow: bool = False,
     causal: bool = True,
     window: int = 0,
     lengths: list[int] | None = None,
@@ -112,7 +113,7 @@ def make_case(
     rng = np.random.default_rng(seed)
     new = queries if new is None else new
     value_columns = value_columns or columns
-    plan = Plan(bits, scales == "dynamic", shared, causal, window)
+    plan = Plan(bits, scales == "dynamic", GROW if grow else SHARED if shared else APPEND, causal, window)
 
     def side(width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (batch, heads, past, width))
@@ -194,7 +195,7 @@ class Native:
     sessions: dict[tuple, ort.InferenceSession] = field(default_factory=dict)
 
     def session(self, case: Case, threads: int = 1) -> ort.InferenceSession:
-        key = (case.dtype, case.plan.bits, case.plan.cache, threads)
+        key = (case.dtype, case.plan.bits, case.plan.kind, threads)
         if key not in self.sessions:
             self.sessions[key] = ort.InferenceSession(open_model(*key[:3]).SerializeToString(), options(threads))
         return self.sessions[key]

@@ -24,6 +24,12 @@ LONGEST_HEAD = 512
 """Columns of a key: 512 products of a 16-bit code (at most 32258) and a key's (at most 128) fit int32."""
 
 
+APPEND, SHARED, GROW = 0, 1, 2
+CACHES = ("append", "shared", "grow")
+"""What becomes of the past: new tokens go behind all of it; behind its valid tokens, where there must be room; behind its
+valid tokens, and where there is no room the cache gets longer, as in onnxruntime's GroupQueryAttention."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What ``msd.Attention`` needs to know and cannot read off its inputs' shapes: the input ``plan``, int64[5].
@@ -36,22 +42,22 @@ class Plan:
     """4 or 8 per code of the cache."""
     dynamic: bool
     """One scale per token and head, made when the token is stored; else the scales are given once and for all."""
-    shared: bool
-    """The cache has room for more tokens than it holds, and new ones go behind the valid ones; else they are appended."""
+    cache: int
+    """What becomes of the past, as a number of `CACHES`."""
     causal: bool
     """A query sees no token behind its own position."""
     window: int
     """How many tokens up to its own a query sees; 0 for all."""
 
     @property
-    def cache(self) -> str:
-        """Value of the attribute ``cache``, which says the same as `shared` to shape inference."""
-        return "shared" if self.shared else "append"
+    def kind(self) -> str:
+        """Value of the attribute ``cache``, which says the same as `cache` to shape inference."""
+        return CACHES[self.cache]
 
     @property
     def largest(self) -> int:
         """Largest code that a scale per token gives."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def tensor(self) -> np.ndarray:
         """The input ``plan``."""
@@ -60,8 +66,8 @@ class Plan:
     @classmethod
     def of(cls, tensor: np.ndarray) -> Plan:
         """Read the input ``plan``."""
-        bits, dynamic, shared, causal, window = (int(v) for v in tensor)
-        return cls(bits, bool(dynamic), bool(shared), bool(causal), window)
+        bits, dynamic, cache, causal, window = (int(v) for v in tensor)
+        return cls(bits, bool(dynamic), cache, bool(causal), window)
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -70,12 +76,13 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
         return codes.astype(np.int8)
     nibbles = np.zeros((*codes.shape[:-1], codes.shape[-1] + codes.shape[-1] % 2), np.uint8)
     nibbles[..., : codes.shape[-1]] = codes + 8
-    return nibbles[..., ::2] | nibbles[..., 1::2] << 4
+    packed: np.ndarray = nibbles[..., ::2] | nibbles[..., 1::2] << 4
+    return packed
 
 
 def unpack_codes(packed: np.ndarray, columns: int, bits: int) -> np.ndarray:
     """The inverse of `pack_codes`: ``[..., columns]`` int8."""
     if bits == 8:
         return packed
-    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
     return nibbles[..., :columns].astype(np.int8) - np.int8(8)

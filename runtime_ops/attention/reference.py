@@ -27,7 +27,7 @@ import numpy as np
 
 from ..matmul.layout import Plan as RowPlan
 from ..matmul.reference import LIMITS, SMALLEST_PEAK, decompose
-from .layout import TILE, Plan, pack_codes, unpack_codes
+from .layout import APPEND, GROW, TILE, Plan, pack_codes, unpack_codes
 
 _LIMIT = np.float32(LIMITS[2])
 """Code of the probability 1."""
@@ -38,7 +38,7 @@ _LOG2_E = np.float32(1.44269504)
 _LN_2 = np.float32(0.693359375), np.float32(-2.12194440e-4)
 """In two parts; the first has 9 bits, so that its multiples are exact."""
 _EXP_SERIES = [np.float32(c) for c in (0.0013814598, 0.008368717, 0.04166839, 0.16666521, 0.49999994)]
-"""(exp(r) - 1 - r) / r^2 for \\|r\\| <= ln(2) / 2, highest power first."""
+"""(exp(r) - 1 - r) / r^2 for abs(r) <= ln(2) / 2, highest power first."""
 
 
 class Attended(NamedTuple):
@@ -57,7 +57,7 @@ def exp(x: np.ndarray) -> np.ndarray:
     inside = np.where(x < _EXP_BELOW, np.float32(0), x)
     n = np.rint(inside * _LOG2_E)
     r = (inside - n * _LN_2[0]) - n * _LN_2[1]
-    series = _EXP_SERIES[0]
+    series = np.full_like(r, _EXP_SERIES[0])
     for coefficient in _EXP_SERIES[1:]:
         series = series * r + coefficient
     y = (series * (r * r) + r) + np.float32(1)
@@ -71,7 +71,8 @@ def soft_cap(s: np.ndarray, cap: np.float32) -> np.ndarray:
         return s
     x = s * (np.float32(1) / cap)
     e = exp(np.float32(-2) * np.abs(x))
-    return np.copysign(cap * ((1 - e) / (1 + e)), x)
+    capped: np.ndarray = np.copysign(cap * ((1 - e) / (1 + e)), x)
+    return capped
 
 
 def quantize(x: np.ndarray, scale: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
@@ -136,8 +137,8 @@ def attention(
 
     Returns:
         Y ``[B, Hq, S, Dv]`` T; 0 for a query that sees nothing, NaN for one whose logits, or the scales it sees, are not
-        finite. The cache with the new tokens: appended, ``[B, Hkv, P + L, ...]``, or of the same shape with them at
-        ``length .. length + L``; and its scales, which for static ones are those given.
+        finite. The cache with the new tokens: appended, ``[B, Hkv, P + L, ...]``; or with them at ``length .. length + L``,
+        of the same shape if shared, with as many tokens as the longest sequence has if it grows (new room is zeros); and its scales, which for static ones are those given.
     """
     p = Plan.of(plan)
     lengths = np.broadcast_to(lengths, len(query))
@@ -152,7 +153,7 @@ def attention(
     y = np.zeros((*query.shape[:3], value.shape[3]), np.float32)
     group = query.shape[1] // key.shape[1]
     for b, length in enumerate(lengths):
-        behind = length if p.shared else past
+        behind = past if p.cache == APPEND else length
         tokens = np.concatenate([np.arange(length), np.arange(behind, behind + new_tokens)])
         for h in range(key.shape[1]):
             heads = slice(h * group, (h + 1) * group)
@@ -171,9 +172,12 @@ def attention(
 
 
 def _stored(past: np.ndarray, new: np.ndarray, lengths: np.ndarray, p: Plan) -> np.ndarray:
-    if not p.shared:
+    if p.cache == APPEND:
         return np.concatenate([past, new], axis=2)
     present = past.copy()
+    if p.cache == GROW:
+        missing = max(0, int(lengths.max(initial=0)) + new.shape[2] - past.shape[2])
+        present = np.concatenate([past, np.zeros((*past.shape[:2], missing, past.shape[3]), past.dtype)], axis=2)
     for b, length in enumerate(lengths):
         present[b, :, length : length + new.shape[2]] = new[b]
     return present
@@ -181,9 +185,8 @@ def _stored(past: np.ndarray, new: np.ndarray, lengths: np.ndarray, p: Plan) -> 
 
 def _of_head(scale: np.ndarray, b: int, h: int, tokens: np.ndarray, p: Plan) -> np.ndarray:
     """``[tokens]`` of dynamic scales, ``[1]`` or ``[D]`` of static ones."""
-    if p.dynamic:
-        return scale[b, h, tokens, 0]
-    return scale[0, h if scale.shape[1] > 1 else 0, 0]
+    own: np.ndarray = scale[b, h, tokens, 0] if p.dynamic else scale[0, h if scale.shape[1] > 1 else 0, 0]
+    return own
 
 
 def _mask_of(mask: np.ndarray, b: int, heads: slice, tokens: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ SCHEMA = _Schema(
         _Schema.FormalParameter("mask", "tensor(float)", "added to the logits, [B or 1, Hq or 1, S or 1, T or 1]"),
         _Schema.FormalParameter("sinks", "tensor(float)", "[Hq], or [1] with -Inf for none"),
         _Schema.FormalParameter("lengths", "tensor(int64)", "[B] or [1]: valid tokens of the past"),
-        _Schema.FormalParameter("plan", "tensor(int64)", "[5]: bits, dynamic, shared, causal, window"),
+        _Schema.FormalParameter("plan", "tensor(int64)", "[5]: bits, dynamic, cache, causal, window"),
         _Schema.FormalParameter("factors", "tensor(float)", "[2]: softmax scale, soft cap"),
     ],
     outputs=[
@@ -50,7 +50,7 @@ SCHEMA = _Schema(
             "layout", _Schema.AttrType.STRING, "name and number of the cache's layout; a kernel refuses any other"
         ),
         _Schema.Attribute(
-            "cache", _Schema.AttrType.STRING, "'append' or 'shared': the outputs' shape, as the plan has it"
+            "cache", _Schema.AttrType.STRING, "'append', 'shared' or 'grow': the outputs' shape, as the plan has it"
         ),
         _Schema.Attribute("output_dtype", _Schema.AttrType.INT, "TensorProto type of Y, which is that of query"),
     ],

@@ -63,7 +63,7 @@ def source(tmp_path) -> Path:
 def test_compile_writes_a_verified_model_beside_the_source(msd, source):
     ran = msd("compile", "m.onnx", "--report", "r.json")
     assert ran.status == 0, ran.err
-    assert "1 linear layers: 1 rewritten, 0 kept, 0 unsupported" in ran.out
+    assert "1 linear layer: 1 rewritten, 0 kept, 0 unsupported" in ran.out
     assert "verified: within tolerance" in ran.out
     assert "wrote m.msd.onnx" in ran.out
     assert max(len(line) for line in ran.out.splitlines()) <= 80

@@ -63,7 +63,7 @@ def test_embeddings_are_counted_apart():
     console = Console(width=80, record=True, file=io.StringIO())
     screen.print_report(console, compiled(proto).report)
     first, *rest = console.export_text().splitlines()
-    assert first == "1 linear layers: 1 rewritten, 0 kept, 0 unsupported; 1 low-bit embedding kept"
+    assert first == "1 linear layer: 1 rewritten, 0 kept, 0 unsupported; 1 low-bit embedding kept"
     assert "embedding: 'e': a lookup multiplies nothing: it reads the rows that it needs" in rest
 
 

@@ -170,6 +170,20 @@ def test_shared(variant, native, scales, bits, threads):
             assert_same_bits(native.in_place(case, threads), expected)
 
 
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_grow(variant, native, scales, bits):
+    """Room enough: as shared. Too little: as much as the longest sequence needs, zeros behind the others."""
+    for past, lengths in [(40, [40, 3, 0]), (40, [39, 39, 39]), (0, [0]), (300, [250, 299, 10]), (50, [20, 48, 0])]:
+        for new in (1, 3):
+            case = make_case(
+                batch=3, queries=new, new=new, past=past, lengths=lengths, grow=True, scales=scales, bits=bits
+            )
+            expected = case.reference()
+            assert expected.present_key.shape[2] == max(past, max(lengths) + new)
+            assert_same_bits(native(case), expected)
+
+
 def test_in_place_append_of_nothing(native):
     case = make_case(past=40, queries=2, new=0)
     assert_same_bits(native.in_place(case), case.reference())

@@ -44,12 +44,16 @@ struct AttentionOp : OrtCustomOp {
   ort::ElementType cache;
 };
 
+// What becomes of the past, and where new tokens go; numbers of the plan. reference.py says what each means.
+enum CacheKind : int { kAppend, kShared, kGrow };
+constexpr const char* kCacheKinds[] = {"append", "shared", "grow"};
+
 struct AttentionKernel {
   const OrtApi* api;
   Real type;
   Real precision;   // of Y; narrower than `type` where the runtime widened the node
   ort::ElementType cache;
-  bool is_shared;   // attribute `cache`
+  CacheKind kind;   // attribute `cache`
   std::string who;  // "msd.Attention (node '/layers.0/attn')"
 };
 
@@ -79,23 +83,23 @@ void need_shape(const Tensor* inputs, Input input, const Shape& shape) {
 }
 
 void read_plan(const Tensor* inputs, const AttentionKernel& self, Problem& problem) {
-  if (inputs[kPlan].shape != Shape{5}) refuse_shape(inputs, kPlan, "[5]: bits, dynamic, shared, causal, window");
+  if (inputs[kPlan].shape != Shape{5}) refuse_shape(inputs, kPlan, "[5]: bits, dynamic, cache, causal, window");
   int64_t values[5];
   std::memcpy(values, inputs[kPlan].data, sizeof values);
   const auto need = [](const char* what, int64_t found, bool holds, const std::string& needed) {
     if (!holds) throw Refused{"plan has " + std::string(what) + " = " + std::to_string(found) + ", needed " + needed};
   };
-  const auto [bits, dynamic, shared, causal, window] = values;
+  const auto [bits, dynamic, cache, causal, window] = values;
   const int64_t cache_bits = self.cache == ort::kInt8 ? 8 : 4;
   need("bits", bits, bits == cache_bits, std::to_string(cache_bits) + " for the cache's element type");
   need("dynamic", dynamic, dynamic == 0 || dynamic == 1, "0 or 1");
-  need("shared", shared, shared == (self.is_shared ? 1 : 0),
-       self.is_shared ? "1 for cache = 'shared'" : "0 for cache = 'append'");
+  need("cache", cache, cache == self.kind,
+       std::to_string(self.kind) + " for cache = '" + kCacheKinds[self.kind] + "'");
   need("causal", causal, causal == 0 || causal == 1, "0 or 1");
   need("window", window, window >= 0, "0 (none) or more");
   problem.bits = static_cast<int>(bits);
   problem.is_dynamic = dynamic == 1;
-  problem.is_shared = shared == 1;
+  problem.is_shared = cache != kAppend;
   problem.is_causal = causal == 1;
   problem.window = std::min(window, INT64_MAX / 2);  // as good as none, and no sum with it overflows
 }
@@ -143,29 +147,41 @@ void read_dimensions(const Tensor* inputs, Problem& problem) {
   need_shape(inputs, kPastKey, {query[0], key[1], past[2], problem.keys.bytes});
   need_shape(inputs, kPastValue, {query[0], key[1], past[2], problem.values.bytes});
   if (past[2] > INT64_MAX - key[2]) refuse_shape(inputs, kPastKey, "fewer tokens");
-  problem.present_tokens = problem.is_shared ? past[2] : past[2] + key[2];
 }
 
 // Returns the tokens that the longest sequence has after this call.
-int64_t read_lengths(const Tensor* inputs, Problem& problem) {
+int64_t read_lengths(const Tensor* inputs, CacheKind kind, Problem& problem) {
   const Shape& shape = inputs[kLengths].shape;
   if (shape != Shape{1} && shape != Shape{problem.batch}) {
     refuse_shape(inputs, kLengths, "[1] or [" + std::to_string(problem.batch) + "]");
   }
   problem.lengths = static_cast<const int64_t*>(inputs[kLengths].data);
   problem.length_step = shape[0] == 1 ? 0 : 1;
-  const int64_t most = problem.past_tokens - (problem.is_shared ? problem.fresh_tokens : 0);
+  const bool is_fixed = kind == kShared;
+  const int64_t most = problem.past_tokens - (is_fixed ? problem.fresh_tokens : 0);
   int64_t longest = 0;
   for (int64_t i = 0; i < shape[0]; ++i) {
     const int64_t length = problem.lengths[i];
     if (length < 0 || length > most) {
       throw Refused{"lengths has " + std::to_string(length) + ", needed 0 to " + std::to_string(most) + ": the cache " +
-                    (problem.is_shared ? "has room for " : "holds ") + std::to_string(problem.past_tokens) +
-                    " tokens" + (problem.is_shared ? ", " + std::to_string(problem.fresh_tokens) + " are new" : "")};
+                    (is_fixed ? "has room for " : "holds ") + std::to_string(problem.past_tokens) + " tokens" +
+                    (is_fixed ? ", " + std::to_string(problem.fresh_tokens) + " are new" : "")};
     }
     longest = std::max(longest, length);
   }
-  return longest + problem.fresh_tokens;
+  longest += problem.fresh_tokens;
+  switch (kind) {
+    case kAppend:
+      problem.present_tokens = problem.past_tokens + problem.fresh_tokens;
+      break;
+    case kShared:
+      problem.present_tokens = problem.past_tokens;
+      break;
+    case kGrow:
+      problem.present_tokens = std::max(problem.past_tokens, longest);
+      break;
+  }
+  return longest;
 }
 
 void read_scale(const Tensor* inputs, Input input, const Problem& problem, Side& side) {
@@ -179,9 +195,8 @@ void read_scale(const Tensor* inputs, Input input, const Problem& problem, Side&
   const Shape& shape = inputs[input].shape;
   if (shape != one && shape != all) refuse_shape(inputs, input, text_of(one) + " or " + text_of(all));
   side.scales = scales;
-  side.scale_head = shape == all ? side.columns : 0;
-  side.scale_column = shape == all ? 1 : 0;
-  if (shape == one) side.scale_head = 0;
+  side.scale_head = shape == one ? 0 : side.columns;
+  side.scale_column = shape == one ? 0 : 1;
 }
 
 // `longest`: as `read_lengths` returns it.
@@ -324,7 +339,7 @@ void compute(const AttentionKernel& self, OrtKernelContext* context) {
   read_plan(inputs, self, problem);
   read_factors(inputs, problem);
   read_dimensions(inputs, problem);
-  const int64_t longest = read_lengths(inputs, problem);
+  const int64_t longest = read_lengths(inputs, self.kind, problem);
   read_scale(inputs, kKeyScale, problem, problem.keys);
   read_scale(inputs, kValueScale, problem, problem.values);
   read_mask(inputs, longest, problem);
@@ -363,11 +378,12 @@ AttentionKernel* create(const AttentionOp& op, const OrtApi* api, const OrtKerne
   if (layout != kLayout) {
     throw Refused{kernel->who + ": the cache has layout '" + layout + "', this library reads '" + kLayout + "'"};
   }
-  const std::string cache = attribute(api, info, kernel->who, "cache", "'append' or 'shared'");
-  if (cache != "append" && cache != "shared") {
-    throw Refused{kernel->who + ": attribute cache is '" + cache + "', needed 'append' or 'shared'"};
+  const std::string cache = attribute(api, info, kernel->who, "cache", "'append', 'shared' or 'grow'");
+  const auto* const found = std::find(std::begin(kCacheKinds), std::end(kCacheKinds), cache);
+  if (found == std::end(kCacheKinds)) {
+    throw Refused{kernel->who + ": attribute cache is '" + cache + "', needed 'append', 'shared' or 'grow'"};
   }
-  kernel->is_shared = cache == "shared";
+  kernel->kind = static_cast<CacheKind>(found - std::begin(kCacheKinds));
   kernel->precision = read_precision(api, info, kernel->who, op.type, "query");
   isa_limit();  // throws now, when the session is made, if MSD_ISA asks for what is not there
   return kernel.release();

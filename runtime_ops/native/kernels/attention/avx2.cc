@@ -1,9 +1,9 @@
 // AVX2 with F16C: int16 codes of queries and probabilities times int8 codes of the cache through vpmaddwd.
 //
-// Few rows: the cache is widened in registers as it is read. A key's columns lie side by side, so each row and token has
-// an accumulator, and eight of them are summed across at once; two tokens' values are interleaved, so that a pair meets
-// a pair of probabilities. Many rows: a tile is widened and put into pairs once, in `spare`, and both products are the
-// same loop over pairs, 4 rows by 16 tokens or columns at a time. The sums are the same integers.
+// Few rows: the cache is widened in registers as it is read. A key's columns lie side by side, so each row and token
+// has an accumulator, and eight of them are summed across at once; two tokens' values are interleaved, so that a pair
+// meets a pair of probabilities. Many rows: a tile is widened and put into pairs once, in `spare`, and both products
+// are the same loop over pairs, 4 rows by 16 tokens or columns at a time. The sums are the same integers.
 
 #include <immintrin.h>
 
@@ -268,9 +268,10 @@ void pack_keys(const Tokens& keys, int t, __m256i* to) {
 
 // ---- Probabilities -------------------------------------------------------------------------------------------------
 
-// exp.h's exp_of on 8 numbers, none of them positive; NaN stays NaN.
+// exp_of on 8 numbers, none of them positive; NaN stays NaN.
 inline __m256 exp_8(__m256 x) {
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 turns = _mm256_mul_ps(x, _mm256_set1_ps(kLog2E));
+  const __m256 n = _mm256_round_ps(turns, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m256 r = _mm256_sub_ps(x, _mm256_mul_ps(n, _mm256_set1_ps(kLn2High)));
   r = _mm256_sub_ps(r, _mm256_mul_ps(n, _mm256_set1_ps(kLn2Low)));
   __m256 series = _mm256_set1_ps(kExpSeries[0]);

@@ -1,8 +1,10 @@
-// The arithmetic of msd.Attention; ../../../attention/reference.py says what it means, layout.py how the cache is stored.
+// The arithmetic of msd.Attention; reference.py in ../../../attention says what it means, layout.py how the cache is
+// stored.
 //
-// A variant does the work on one tile of a cache; sequence.cc, the same for all variants, walks the tiles. Sums of codes
-// are exact; every other operation is float and rounds on its own, one after the other per row and token or column. That
-// is why the same row has the same bits at every batch size, thread count and variant: no FMA, no reordered sum.
+// A variant does the work on one tile of a cache; sequence.cc, the same for all variants, walks the tiles. Sums of
+// codes are exact; every other operation is float and rounds on its own, one after the other per row and token or
+// column. That is why the same row has the same bits at every batch size, thread count and variant: no FMA, no
+// reordered sum.
 //
 // Columns of a tile's codes are padded with zeros to a multiple of 16, so that kernels have no tails along them.
 //

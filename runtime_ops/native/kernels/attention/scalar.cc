@@ -2,7 +2,7 @@
 
 #include <math.h>
 
-#include "exp.h"
+#include "exp_of.h"
 #include "kernel.h"
 
 namespace msd::attention {

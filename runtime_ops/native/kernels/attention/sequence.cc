@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "exp.h"
+#include "exp_of.h"
 
 namespace msd::attention {
 namespace {
@@ -121,7 +121,7 @@ Tokens tile_of(const Problem& problem, const Kernel& kernel, const Side& side, i
   return {copy, columns, columns, begin, end, stored, 0};
 }
 
-// Says that the tokens of a tile from valid token `start` on, at most as many as there are in `tokens`, are read after them.
+// Says of the tokens of a tile that as many of `side`, from valid token `start` on, are read after them.
 void announce(const Problem& problem, const Side& side, int64_t b, int64_t index, int64_t start, Tokens& tokens) {
   if (start + tokens.end > problem.tokens(b)) return;
   tokens.ahead = side.present + (index * problem.present_tokens + place_of(problem, b, start).low) * side.bytes;
@@ -268,6 +268,11 @@ void store_side(const Problem& problem, const Kernel& kernel, const Side& side, 
   }
   if (problem.is_dynamic && side.past_scales != side.present_scales && past_tokens > 0) {
     std::memcpy(side.present_scales + to, side.past_scales + from, past_tokens * sizeof(float));
+  }
+  const int64_t grown = problem.present_tokens - problem.past_tokens;
+  if (problem.is_shared && grown > 0) {  // shorter sequences do not reach the end
+    std::memset(side.present + (to + problem.past_tokens) * side.bytes, 0, static_cast<size_t>(grown * side.bytes));
+    if (problem.is_dynamic) std::fill_n(side.present_scales + to + problem.past_tokens, grown, 0.0f);
   }
   const int64_t behind = problem.is_shared ? problem.length(b) : problem.past_tokens;
   const float* scales = problem.is_dynamic ? nullptr : side.scales + head * side.scale_head;

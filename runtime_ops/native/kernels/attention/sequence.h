@@ -29,7 +29,8 @@ struct Mask {
 
 struct Problem {
   int bits;
-  bool is_dynamic, is_shared, is_causal;
+  bool is_dynamic, is_causal;
+  bool is_shared;  // new tokens follow the valid ones, not all of the past
   int64_t window;  // 0: none
   float scale, cap;
   int64_t batch, query_heads, heads, queries, fresh_tokens, past_tokens, present_tokens;

@@ -1,0 +1,293 @@
+"""A float cache made low-bit: what the scales are, and the model with the same rounding in standard ops, which is the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime
+from onnx import TensorProto, numpy_helper
+
+from .attention import AttentionSite, Cache, CachePlan, Scales, caches, not_lowered
+from .build import NodeBuilder
+from .edit import Edit
+from .errors import ModelError
+from .inputs import Feed
+from .linked import Linked
+from .oracle import is_widened, oracle_model, widen_inputs
+from .runtime import open_model, run
+from .runtime_ops.attention.layout import unpack_codes
+from .source import Source
+
+SMALLEST_PEAK = 2.0**-100
+"""A token whose largest magnitude is below it counts as zero, as in ``msd.Attention``."""
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """How to make a float cache low-bit."""
+
+    bits: Literal[4, 8] = 8
+    samples: Sequence[Feed] | None = None
+    """Inputs on which the scales, one per head and column, are measured; None: every token has its own, which travels with it."""
+
+    @property
+    def largest(self) -> int:
+        """Largest code."""
+        return int(2 ** (self.bits - 1) - 1)
+
+    def __str__(self) -> str:
+        return f"int{self.bits}, {'per token and head' if self.samples is None else 'per channel'}"
+
+
+def cache_plans(source: Source, sites: Mapping[str, AttentionSite], how: KvCache) -> dict[str, CachePlan]:
+    """The cache plan of each site, by the site's name.
+
+    Raises:
+        RuntimeRefused: the model does not run on the samples.
+        ModelError: what it returns for them holds NaN or Inf.
+    """
+    if how.samples is None:
+        return {
+            name: CachePlan(how.bits, None, None, _travelling(site.key_cache), _travelling(site.value_cache))
+            for name, site in sites.items()
+        }
+    if not sites:
+        return {}
+    peaks = _peaks(source, [str(c.present.name) for site in sites.values() for c in caches(site)], how.samples)
+    plans = {}
+    for name, site in sites.items():
+        key, value = (_scale(peaks[str(cache.present.name)], how.largest) for cache in caches(site))
+        plans[name] = CachePlan(how.bits, key, value)
+    return plans
+
+
+def why_not(site: AttentionSite, how: KvCache) -> str | None:
+    """Why a float cache cannot become codes; None if it can."""
+    reason = not_lowered(site)
+    if reason is not None:
+        return reason
+    if site.scope.parent is not None:
+        return "its cache is not the main graph's"
+    if how.bits == 4 and (site.head_size % 2 or site.value_head_size % 2):
+        return "its heads have an odd number of columns, which two to a byte do not hold"
+    for cache in caches(site):
+        if cache.writer.op not in ("Concat", "GroupQueryAttention"):
+            return f"its cache is written by {cache.writer.op}"
+        known = {id(node) for node in (*site.replaced, cache.writer)}
+        for tensor in (cache.past, cache.present):
+            other = next(_readers_of_values(tensor, known), None)
+            if other is not None:
+                return f"{other.op} {(other.name or other.outputs[0].name)!r} reads its cache {tensor.name!r} too"
+    for cache in caches(site):
+        for graph_values, tensor in ((site.scope.graph.inputs, cache.past), (site.scope.graph.outputs, cache.present)):
+            if not any(tensor is value for value in graph_values):
+                return f"its cache {tensor.name!r} is no input or output of the model"
+    return None
+
+
+def _readers_of_values(tensor: gs.Tensor, known: set[int]) -> Iterator[gs.Node]:
+    """Nodes that need the cache's values, through those that hand it on: its shape is the same in codes."""
+    for node in tensor.outputs:
+        if id(node) in known or node.op == "Shape":
+            continue
+        if node.op == "Identity" or (node.op == "Concat" and len(node.inputs) == 1):
+            yield from _readers_of_values(node.outputs[0], known)
+        else:
+            yield node
+
+
+def _travelling(cache: Cache) -> Scales:
+    return Scales(f"{cache.past.name}_scale", f"{cache.present.name}_scale")
+
+
+def _scale(peak: np.ndarray, largest: int) -> np.ndarray:
+    """``[1, Hkv, 1, D]``; a column that is always zero gets the scale 1."""
+    return np.where(peak > 0, peak / largest, 1).astype(np.float32)
+
+
+def _peaks(source: Source, presents: list[str], samples: Sequence[Feed]) -> dict[str, np.ndarray]:
+    """By cache its largest magnitudes, ``[1, Hkv, 1, D]``, over batch and tokens of all samples."""
+    session = open_model(
+        oracle_model(source.proto, source.array),
+        source.folder,
+        name=source.name,
+        portable=True,
+        graph_optimization_level=onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        log_severity_level=4,
+    )
+    widen = widen_inputs if is_widened(source.proto) else dict
+    peaks: dict[str, np.ndarray] = {}
+    for sample in samples:
+        for name, value in zip(presents, run(session, presents, widen(dict(sample.arrays))), strict=True):
+            peak = np.abs(np.asarray(value, np.float32)).max(axis=(0, 2), keepdims=True, initial=0)
+            if not np.isfinite(peak).all():
+                raise ModelError(f"{source.name}: {name!r} is not finite on {sample.name}; no scale fits it")
+            peaks[name] = np.maximum(peaks.get(name, peak), peak)
+    return peaks
+
+
+def has_oracle(sites: Mapping[str, AttentionSite], how: KvCache) -> bool:
+    """Whether `with_rounded_cache` can say what they become: GroupQueryAttention has no scales per token."""
+    return how.samples is not None or all(c.writer.op == "Concat" for site in sites.values() for c in caches(site))
+
+
+def with_rounded_cache(linked: Linked, sites: Mapping[str, AttentionSite], plans: Mapping[str, CachePlan]) -> Source:
+    """The model with its caches as codes, in standard ops: what a result with a low-bit cache must mean.
+
+    New keys and values are rounded, stored, and read back as floats; the attention itself stays as it was. A
+    GroupQueryAttention does so itself when told the scales.
+    """
+    edit = Edit(linked.source, lambda name, value: numpy_helper.from_array(value, name))
+    for name, site in sites.items():
+        plan = plans[name]
+        scales = (plan.key_scale, plan.value_scale)
+        travelling = (plan.key_scales, plan.value_scales)
+        if site.node.op == "GroupQueryAttention":
+            _round_own_cache(site, plan, edit)
+            store_caches_as_codes(edit, site, plan)
+            continue
+        for cache, scale, names in zip(caches(site), scales, travelling, strict=True):
+            _round_cache(site, cache, plan.bits, scale, names, edit)
+        store_caches_as_codes(edit, site, plan)
+    return replace(linked.source, proto=edit.finish())
+
+
+def _round_own_cache(site: AttentionSite, plan: CachePlan, edit: Edit) -> None:
+    """The same op, its cache in codes: inputs 12 and 13 are the scales, ``[Hkv * D]``."""
+    position = site.scope.position(site.node)
+    assert position is not None
+    build = NodeBuilder(edit, str(site.node.name))
+    node = onnx.NodeProto()
+    node.CopyFrom(site.scope.proto.node[position])
+    node.input.extend([""] * (14 - len(node.input)))
+    for index, scale in ((12, plan.key_scale), (13, plan.value_scale)):
+        assert scale is not None
+        node.input[index] = build.constant("cache_scale", scale.reshape(-1))
+    told = ("k_quant_type", "v_quant_type", "kv_cache_bit_width")
+    kept = [a for a in node.attribute if a.name not in told]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    values = ("PER_CHANNEL", "PER_CHANNEL", plan.bits)
+    node.attribute.extend(onnx.helper.make_attribute(n, v) for n, v in zip(told, values, strict=True))
+    edit.replace(site.scope, [site.node], [node])
+
+
+def _round_cache(
+    site: AttentionSite, cache: Cache, bits: int, scale: np.ndarray | None, names: Scales | None, edit: Edit
+) -> None:
+    """The Concat of a cache as: codes of the new tokens, codes of all, values of all."""
+    past, new = cache.writer.inputs
+    build = NodeBuilder(edit, str(cache.writer.name or cache.present.name))
+    x = str(new.name) if site.element_type == TensorProto.FLOAT else build.node("Cast", new.name, to=TensorProto.FLOAT)
+    largest = 2 ** (bits - 1) - 1
+    if scale is not None:
+        steps = build.node("Mul", x, build.constant("inverse", np.float32(1) / scale))
+        all_scales = build.constant("scale", scale)
+        lowest = -largest - 1
+    else:
+        assert names is not None
+        steps, new_scales = _dynamic(x, largest, build)
+        all_scales = build.node("Concat", names.past, new_scales, axis=2)
+        build.rename_last(names.present)
+        all_scales = names.present
+        lowest = -largest
+    bounds = [build.constant(str(b), np.array(b, np.float32)) for b in (lowest, largest)]
+    codes = build.node("Round", build.node("Clip", steps, *bounds))
+    joined = build.node("Concat", str(past.name), _packed(codes, bits, build), axis=2)
+    values = build.node("Mul", _unpacked(joined, bits, build), all_scales)
+    if site.element_type != TensorProto.FLOAT:
+        values = build.node("Cast", values, to=site.element_type)
+    build.node("Identity", joined)
+    edit.reroute(site.scope, str(cache.present.name), values)
+    edit.replace(site.scope, [cache.writer], build.finish(str(cache.present.name)))
+
+
+def _dynamic(x: str, largest: int, build: NodeBuilder) -> tuple[str, str]:
+    """Steps and scales ``[B, Hkv, L, 1]`` of tokens that have their own."""
+    peak = build.reduce_max(build.node("Abs", x), axis=3)
+    one, zero, tiny, limit = (
+        build.constant(n, np.array(v, np.float32))
+        for n, v in (("1", 1), ("0", 0), ("tiny", SMALLEST_PEAK), ("largest", largest))
+    )
+    is_tiny = build.node("Less", peak, tiny)
+    safe = build.node("Where", is_tiny, one, peak)
+    factor = build.node("Where", is_tiny, zero, build.node("Div", limit, safe))
+    return build.node("Mul", x, factor), build.node("Where", is_tiny, zero, build.node("Div", safe, limit))
+
+
+def _packed(codes: str, bits: int, build: NodeBuilder) -> str:
+    """Whole numbers as the cache holds them: int8, or two to a byte, 8 up, the even column in the low bits."""
+    if bits == 8:
+        return build.node("Cast", codes, to=TensorProto.INT8)
+    up = build.node("Add", codes, build.constant("8", np.array(8, np.float32)))
+    low, high = (_every_second(up, start, build) for start in (0, 1))
+    joined = build.node("Add", low, build.node("Mul", high, build.constant("16", np.array(16, np.float32))))
+    return build.node("Cast", joined, to=TensorProto.UINT8)
+
+
+def _every_second(x: str, start: int, build: NodeBuilder) -> str:
+    bounds = (("start", start), ("end", 2**31 - 1), ("axis", 3), ("step", 2))
+    return build.node("Slice", x, *(build.constant(n, np.array([v], np.int64)) for n, v in bounds))
+
+
+def _unpacked(stored: str, bits: int, build: NodeBuilder) -> str:
+    """The inverse, as float32."""
+    values = build.node("Cast", stored, to=TensorProto.FLOAT)
+    if bits == 8:
+        return values
+    sixteen, eight = (build.constant(str(v), np.array(v, np.float32)) for v in (16, 8))
+    high = build.node("Floor", build.node("Div", values, sixteen))
+    low = build.node("Sub", values, build.node("Mul", high, sixteen))
+    apart = build.node("Concat", *(build.unsqueeze(x, [4]) for x in (low, high)), axis=4)
+    flat = build.node("Reshape", apart, build.constant("joined", np.array([0, 0, 0, -1], np.int64)))
+    return build.node("Sub", flat, eight)
+
+
+def float_caches(
+    sites: Mapping[str, AttentionSite], plans: Mapping[str, CachePlan]
+) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """What turns a feed of codes into one of the floats that they stand for."""
+
+    def convert(feed: Mapping[str, Any]) -> dict[str, Any]:
+        floats = dict(feed)
+        for name, plan in plans.items():
+            site = sites[name]
+            sides = (
+                (site.key_cache, site.head_size, plan.key_scale, plan.key_scales),
+                (site.value_cache, site.value_head_size, plan.value_scale, plan.value_scales),
+            )
+            for cache, size, scale, names in sides:
+                past = str(cache.past.name)
+                given = floats.pop(names.past) if names is not None else scale
+                dtype = onnx.helper.tensor_dtype_to_np_dtype(site.element_type)
+                floats[past] = (unpack_codes(feed[past], size, plan.bits) * np.asarray(given)).astype(dtype)
+        return floats
+
+    return convert
+
+
+def store_caches_as_codes(edit: Edit, site: AttentionSite, plan: CachePlan) -> None:
+    """Change the model's signature: caches are codes, and scales that travel with them are inputs and outputs."""
+    kind = TensorProto.INT8 if plan.bits == 8 else TensorProto.UINT8
+    for cache, names in zip(caches(site), (plan.key_scales, plan.value_scales), strict=True):
+        for value in edit.signature(str(cache.past.name), str(cache.present.name)):
+            tensor = value.type.tensor_type
+            if names is not None:
+                scale = onnx.ValueInfoProto()
+                scale.CopyFrom(value)
+                scale.type.tensor_type.elem_type = TensorProto.FLOAT
+                if len(tensor.shape.dim) == 4:
+                    last = scale.type.tensor_type.shape.dim[3]
+                    last.Clear()
+                    last.dim_value = 1
+                is_past = value.name == cache.past.name
+                scale.name = names.past if is_past else names.present
+                (edit.proto.graph.input if is_past else edit.proto.graph.output).append(scale)
+            tensor.elem_type = kind
+            if plan.bits == 4 and len(tensor.shape.dim) == 4:
+                tensor.shape.dim[3].dim_value = -(-site.head_size // 2)
