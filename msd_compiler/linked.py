@@ -110,7 +110,7 @@ class Linked:
         while shape is None and at is not None:
             shape = self._inferred.get((at.index, tensor.name))
             at = at.parent
-        return None if shape is None else list(shape)
+        return None if shape is None else [None if isinstance(d, int) and d < 0 else d for d in shape]
 
     @cached_property
     def _inferred(self) -> dict[tuple[int, str], list[int | str | None]]:
@@ -225,4 +225,9 @@ def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
             light.graph.initializer.append(tensor)
         else:
             light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    for graph in graphs(light):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_value < 0:  # some exporters' unknown; shape inference may abort the process on it
+                    dim.ClearField("dim_value")
     return light

@@ -125,6 +125,8 @@ def cases(models: list[Seed], seed: int) -> Iterator[Case]:
             words = ("inspect", "model.onnx", "--verbose")
         if rng.random() < 0.2:
             words += ("--activations", "upgrade")
+        if rng.random() < 0.3:
+            words += ("--kv-cache", rng.choice(["int8", "int4"]))
         yield Case(number, start, data, words)
 
 

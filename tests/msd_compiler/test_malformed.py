@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from support import model, weight
 
 import msd_compiler
+from msd_compiler.report import Outcome
 
 EXPORTED = sorted((Path(__file__).parents[1] / "data" / "exported").glob("*.onnx"))
 GRAPH = "(float[M, 64] x) => (float[M, 32] y) { d = DequantizeLinear(w, s)  y = MatMul(x, d) }"
@@ -145,3 +146,13 @@ def test_mutated_exports_give_a_result_or_one_sentence(path):
         mutate(proto, rng)
         with suppress(msd_compiler.MsdError):
             msd_compiler.compile(proto, verify=False)
+
+
+@pytest.mark.parametrize("size", [-1, -5, -(2**63)])
+def test_a_negative_size_is_an_unknown_one(size):
+    """Some exporters write -1 for it; onnx's shape inference may abort the process on others."""
+    proto = layer()
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = size
+    (row,) = msd_compiler.compile(proto, verify=False).report.sites
+    assert (row.outcome, row.m) == (Outcome.REWRITTEN, None)
