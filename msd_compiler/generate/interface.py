@@ -195,8 +195,12 @@ def _cache_styles(graph: Any) -> tuple[set[str], set[str]]:
         if node.op_type in _SHARING:
             shares.add(node.op_type)
         elif (node.domain, node.op_type) == ("msd", "Attention"):
-            in_place = attribute(node, "cache", b"append") in (b"shared", "shared")
-            (shares if in_place else appends).add("msd.Attention")
+            kind = attribute(node, "cache", b"append")
+            kind = kind.decode() if isinstance(kind, bytes) else kind
+            if kind == "grow":  # as GroupQueryAttention: either way
+                shares.add("msd.Attention, growing")
+            else:
+                (shares if kind == "shared" else appends).add("msd.Attention")
     return shares, appends
 
 

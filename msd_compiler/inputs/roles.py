@@ -85,6 +85,7 @@ SLOTS: dict[tuple[str, int], Role] = {
         },
         "Attention": {3: Role.MASK, 4: Role.CACHE, 6: Role.PAST_LENGTH},
         "ai.onnx.Attention": {3: Role.MASK, 4: Role.CACHE, 5: Role.CACHE, 6: Role.TOTAL_LENGTH},
+        "msd.Attention": {3: Role.CACHE, 4: Role.CACHE, 5: Role.CACHE, 6: Role.CACHE, 7: Role.MASK},
         "QAttention": {5: Role.MASK, 8: Role.CACHE},
         "EmbedLayerNormalization": {0: Role.IDS, 1: Role.TYPES, 7: Role.MASK, 8: Role.POSITIONS},
         "RotaryEmbedding": {1: Role.POSITIONS, 2: Role.VALUES, 3: Role.VALUES},

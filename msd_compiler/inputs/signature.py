@@ -118,9 +118,9 @@ def _type_name(info: Any, kind: str | None) -> str:
 
 
 def _named(node: Any, table: Container[str]) -> str:
-    """The name of an op in a table: its domain's own, "ai.onnx.Attention", where the table has one."""
-    own = f"ai.onnx.{node.op_type}"
-    return own if node.domain in ("", "ai.onnx") and own in table else str(node.op_type)
+    """The name of an op in a table: its domain's own, "ai.onnx.Attention", where the table has one; ours have no other."""
+    own = f"{node.domain or 'ai.onnx'}.{node.op_type}"
+    return own if node.domain == "msd" or own in table else str(node.op_type)
 
 
 def _at(use: Use) -> tuple[str, int]:
