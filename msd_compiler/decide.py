@@ -139,9 +139,10 @@ def _decide(source: Source, flat: Source, options: Options, rounded: dict[str, s
         changeable = _changeable(sites, options.kv_cache)
         caches = cache_plans(linked.source, changeable, options.kv_cache)
         if caches:
-            other = None  # it takes other inputs
             convert = float_caches(changeable, caches)
-            meaning = _with_rounded_cache(oracle, caches) if has_oracle(changeable, options.kv_cache) else None
+            told = has_oracle(changeable, options.kv_cache)
+            meaning = _with_rounded_cache(oracle, caches) if told else None
+            other = _with_rounded_cache(other, caches) if told and other is not None else None
     choices = choose(linked, sites, options.terms)
     decisions = []
     for site, choice in zip(sites, choices, strict=True):

@@ -106,10 +106,7 @@ class Edit:
         self._reroutes[scope.index][tensor] = to
 
     def signature(self, *names: str) -> list[onnx.ValueInfoProto]:
-        """What the model says of those of its inputs and outputs, to be changed; forgets what it says of such inside."""
-        values = self.proto.graph.value_info
-        if any(v.name in names for v in values):
-            _keep(values, [v for v in values if v.name not in names])
+        """What the model says of those of its inputs and outputs, to be changed."""
         return [v for v in (*self.proto.graph.input, *self.proto.graph.output) if v.name in names]
 
     def bypass(self, scope: Scope, node: gs.Node, to: str) -> None:

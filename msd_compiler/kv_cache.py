@@ -91,14 +91,21 @@ def why_not(site: AttentionSite, how: KvCache) -> str | None:
 
 
 def _readers_of_values(tensor: gs.Tensor, known: set[int]) -> Iterator[gs.Node]:
-    """Nodes that need the cache's values, through those that hand it on: its shape is the same in codes."""
+    """Nodes that need the cache's values: its shape is the same in codes."""
+    for alias in _aliases(tensor, known):
+        yield from (n for n in alias.outputs if id(n) not in known and n.op != "Shape" and not _hands_on(n))
+
+
+def _aliases(tensor: gs.Tensor, known: set[int]) -> Iterator[gs.Tensor]:
+    """The tensor, and under which other names it is handed on."""
+    yield tensor
     for node in tensor.outputs:
-        if id(node) in known or node.op == "Shape":
-            continue
-        if node.op == "Identity" or (node.op == "Concat" and len(node.inputs) == 1):
-            yield from _readers_of_values(node.outputs[0], known)
-        else:
-            yield node
+        if id(node) not in known and _hands_on(node):
+            yield from _aliases(node.outputs[0], known)
+
+
+def _hands_on(node: gs.Node) -> bool:
+    return node.op == "Identity" or (node.op == "Concat" and len(node.inputs) == 1)
 
 
 def _travelling(cache: Cache) -> Scales:
@@ -274,20 +281,24 @@ def float_caches(
 def store_caches_as_codes(edit: Edit, site: AttentionSite, plan: CachePlan) -> None:
     """Change the model's signature: caches are codes, and scales that travel with them are inputs and outputs."""
     kind = TensorProto.INT8 if plan.bits == 8 else TensorProto.UINT8
+    known = {id(node) for node in site.replaced}
     for cache, names in zip(caches(site), (plan.key_scales, plan.value_scales), strict=True):
+        for tensor in (cache.past, cache.present):
+            for alias in _aliases(tensor, known):
+                edit.undeclare(site.scope, str(alias.name))
         for value in edit.signature(str(cache.past.name), str(cache.present.name)):
-            tensor = value.type.tensor_type
+            declared = value.type.tensor_type
             if names is not None:
                 scale = onnx.ValueInfoProto()
                 scale.CopyFrom(value)
                 scale.type.tensor_type.elem_type = TensorProto.FLOAT
-                if len(tensor.shape.dim) == 4:
+                if len(declared.shape.dim) == 4:
                     last = scale.type.tensor_type.shape.dim[3]
                     last.Clear()
                     last.dim_value = 1
                 is_past = value.name == cache.past.name
                 scale.name = names.past if is_past else names.present
                 (edit.proto.graph.input if is_past else edit.proto.graph.output).append(scale)
-            tensor.elem_type = kind
-            if plan.bits == 4 and len(tensor.shape.dim) == 4:
-                tensor.shape.dim[3].dim_value = -(-site.head_size // 2)
+            declared.elem_type = kind
+            if plan.bits == 4 and len(declared.shape.dim) == 4:
+                declared.shape.dim[3].dim_value = -(-site.head_size // 2)

@@ -103,7 +103,18 @@ def test_accuracy_of_probabilities(sigma, target):
 def test_accuracy_of_probabilities_over_many_draws(sigma, target, scales):
     native = Native()
     errors = [probabilities_error(native, sigma, seed, scales) for seed in range(20)]
-    spread = (
-        1 if scales == "tensor" else 1.6
-    )  # scales of 0.5 to 2: what a token's weight loses below the tile's largest
+    # Scales of 0.5 to 2: a token's weight is coded below the tile's largest.
+    spread = 1 if scales == "tensor" else 1.6
     assert target / 1.5 <= np.mean(errors) <= 1.5 * target * spread
+
+
+@pytest.mark.parametrize("length", [64, 256, 1024, 4096, 16384])
+@pytest.mark.parametrize("scales", ["channel", "dynamic"])
+def test_accuracy_over_lengths(length, scales):
+    """The paper's attention lengths: query and probabilities together, 64 columns, a head's own scales."""
+    native = Native()
+    errors = []
+    for seed in range(3):
+        case = make_case(past=length, columns=64, queries=4, new=4, scales=scales, seed=seed)
+        errors.append(relative_l2(native(case).y, case.exact()))
+    assert np.median(errors) <= 3e-4
