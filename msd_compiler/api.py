@@ -236,6 +236,11 @@ def makes_folder(model: str | os.PathLike[str], output: str | os.PathLike[str]) 
 
 
 def _compile_folder(folder: Path, target: Path, options: dict[str, Any]) -> Compiled:
+    cache: KvCache | None = options["kv_cache"]
+    if cache is not None and cache.samples is None:
+        raise OptionError(
+            "onnxruntime-genai carries no scales beside its caches; give --samples FILE.npz to measure them"
+        )
     source = GenaiFolder.read(folder)
     done: dict[str, Compiled] = {}
     with FolderOutput(target, source) as out:

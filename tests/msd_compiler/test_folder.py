@@ -358,6 +358,25 @@ def generate(genai: Any, folder: Path, prompt: list[int], count: int) -> tuple[l
     return tokens, logits
 
 
+def test_a_low_bit_cache_needs_samples(qwen, tmp_path):
+    with pytest.raises(msd_compiler.OptionError, match="carries no scales beside its caches; give --samples"):
+        msd_compiler.compile(qwen, tmp_path / "out", kv_cache=msd_compiler.KvCache(8))
+    assert not (tmp_path / "out").exists()
+
+
+def test_genai_generates_with_a_low_bit_cache(qwen, tmp_path):
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    prompt = [int(token) for token in np.random.default_rng(0).integers(3, 640, 16)]
+    ids = np.array([prompt])
+    caches = {f"past_key_values.{i}.{k}": np.zeros((1, 2, 0, 32), np.float32) for i in (0, 1) for k in ("key", "value")}
+    sample = msd_compiler.Feed("prompt", {"input_ids": ids, "attention_mask": np.ones_like(ids)} | caches)
+    msd_compiler.compile(qwen, tmp_path / "out", kv_cache=msd_compiler.KvCache(8, [sample]))
+    exact = generate(genai, at_level_0(qwen, tmp_path / "oracle"), prompt, 32)[1]
+    tokens, logits = generate(genai, tmp_path / "out", prompt, 32)
+    assert len(tokens) == 32
+    assert np.abs(exact[0] - logits[0]).max() < 0.05 * np.abs(exact[0]).max()
+
+
 MARGIN = 0.02
 """Logits of the oracle closer than this may swap: ten times what the result is away from it."""
 
