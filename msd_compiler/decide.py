@@ -22,6 +22,7 @@ from .float_activations import float_activations
 from .inline import inlined
 from .kv_cache import KvCache, cache_plans, float_caches, has_oracle, why_not, with_rounded_cache
 from .linked import Linked
+from .oracle_session import Convert
 from .passes import ATTENTION_READERS, READERS, REFINERS
 from .passes.lower_linear import packed_bytes, plan_of
 from .quantize import Quantization
@@ -33,7 +34,7 @@ from .runtime_ops.matmul.reference import LIMITS
 from .runtime_ops.matmul.weight_body import OLDEST_OPSET
 from .source import Source, type_name
 from .unfuse import Place, gaining_products, unfused
-from .verification import Convert, Progress
+from .verification import Progress
 
 
 class Activations(StrEnum):

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-import onnxruntime
 from onnx import TensorProto, numpy_helper
 
 from .attention import AttentionSite, Cache, CachePlan, Scales, caches, not_lowered
@@ -18,8 +17,8 @@ from .edit import Edit
 from .errors import ModelError
 from .inputs import Feed
 from .linked import Linked
-from .oracle import is_widened, oracle_model, widen_inputs
-from .runtime import open_model, run
+from .oracle_session import open_oracle
+from .runtime import run
 from .runtime_ops.attention.layout import unpack_codes
 from .source import Source
 
@@ -119,15 +118,7 @@ def _scale(peak: np.ndarray, largest: int) -> np.ndarray:
 
 def _peaks(source: Source, presents: list[str], samples: Sequence[Feed]) -> dict[str, np.ndarray]:
     """By cache its largest magnitudes, ``[1, Hkv, 1, D]``, over batch and tokens of all samples."""
-    session = open_model(
-        oracle_model(source.proto, source.array),
-        source.folder,
-        name=source.name,
-        portable=True,
-        graph_optimization_level=onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
-        log_severity_level=4,
-    )
-    widen = widen_inputs if is_widened(source.proto) else dict
+    session, widen = open_oracle(source)
     peaks: dict[str, np.ndarray] = {}
     for sample in samples:
         for name, value in zip(presents, run(session, presents, widen(dict(sample.arrays))), strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from .compare import argmax_agreement, max_abs, relative_l2
 from .errors import MsdError
 from .facts import ActivationCodes, LowBitWeight
 from .inputs import Feed, NoInputs, generate
-from .oracle import half_precision, is_widened, oracle_model, widen_inputs
+from .oracle import half_precision
+from .oracle_session import Convert, open_oracle
 from .report import Method, OutputRow, SiteError, Verification
 from .runtime import RuntimeRefused, TimedOut, open_model, run
 from .source import Source
@@ -67,7 +68,7 @@ class _Runner:
     """One way to run a model: what it gives and how long it takes."""
 
     session: onnxruntime.InferenceSession
-    convert: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda feed: feed)
+    convert: Convert = dict
     times: list[float] = field(default_factory=list)
 
     def __call__(self, feed: Feed, clock: Clock) -> list[Any]:
@@ -76,10 +77,6 @@ class _Runner:
         outputs = run(self.session, None, arrays, clock.left())
         self.times.append(1000 * (time.perf_counter() - start))
         return outputs
-
-
-Convert = Callable[[Mapping[str, Any]], dict[str, Any]]
-"""Makes one model's feed of another's."""
 
 
 @dataclass(frozen=True)
@@ -240,15 +237,7 @@ def _moved_by_caches(
 
 
 def _open_oracle(source: Source) -> _Runner:
-    session = open_model(
-        oracle_model(source.proto, source.array),
-        source.folder,
-        name=source.name,
-        portable=True,
-        graph_optimization_level=onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
-        log_severity_level=_SAY_NOTHING,
-    )
-    return _Runner(session, widen_inputs if is_widened(source.proto) else dict)
+    return _Runner(*open_oracle(source))
 
 
 def _open(source: Source, name: str, **options: Any) -> _Runner:

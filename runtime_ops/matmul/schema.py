@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from onnx import defs
 
+from ..schemas import register
+
 DOMAIN = "msd"
 NAME = "MatMul"
 VERSION = 1
@@ -39,5 +41,4 @@ SCHEMA = _Schema(
 
 def register_schema() -> None:
     """Make the op known to onnx in this process; a second call does nothing."""
-    if not defs.has(NAME, DOMAIN):
-        defs.register_schema(SCHEMA)
+    register(SCHEMA)

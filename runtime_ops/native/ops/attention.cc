@@ -424,15 +424,7 @@ AttentionOp make_op(const OrtApi* api, Real type, ort::ElementType cache) {
     constexpr size_t kLike[kOutputs] = {kQuery, kPastKey, kPastValue, kKeyScale, kValueScale};
     return input_type(self(o).type, self(o).cache, kLike[index]);
   };
-  op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* a, const OrtKernelInfo* info, void** kernel) {
-    *kernel = nullptr;
-    return guarded(a, [&] { *kernel = create(self(o), a, info); });
-  };
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    const auto& k = *static_cast<const AttentionKernel*>(kernel);
-    return computed(k.api, k.who, [&] { compute(k, context); });
-  };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<AttentionKernel*>(kernel); };
+  set_kernel<AttentionOp, AttentionKernel, create, compute>(op);
   op.InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
     // Some runtimes drop the status unread. A shape is a help, never a need: say nothing and release it here.
     const OrtApi* a = self(o).api;

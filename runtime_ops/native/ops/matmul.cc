@@ -93,15 +93,7 @@ MatMulOp make_op(const OrtApi* api, Real type) {
   op.GetInputTypeCount = [](const OrtCustomOp*) { return size_t{kInputs}; };
   op.GetInputType = [](const OrtCustomOp* o, size_t index) { return input_type(self(o).type, index); };
   op.GetOutputType = [](const OrtCustomOp* o, size_t) { return input_type(self(o).type, kA); };
-  op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* a, const OrtKernelInfo* info, void** kernel) {
-    *kernel = nullptr;
-    return guarded(a, [&] { *kernel = create(self(o), a, info); });
-  };
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    const auto& k = *static_cast<const MatMulKernel*>(kernel);
-    return computed(k.api, k.who, [&] { compute(k, context); });
-  };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<MatMulKernel*>(kernel); };
+  set_kernel<MatMulOp, MatMulKernel, create, compute>(op);
   op.InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
     // A's type as inferred: the runtime may be about to widen a float16 node.
     return matmul::infer_shape_quietly(self(o).api, context, kBias, ort::kUndefined);

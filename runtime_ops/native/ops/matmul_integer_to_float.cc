@@ -165,15 +165,7 @@ CodesOp make_op(const OrtApi* api, CodeType type) {
   op.GetInputTypeCount = [](const OrtCustomOp*) { return size_t{kInputs}; };
   op.GetInputType = [](const OrtCustomOp* o, size_t index) { return input_type(self(o).type, index); };
   op.GetOutputType = [](const OrtCustomOp*, size_t) { return ort::kFloat; };
-  op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* a, const OrtKernelInfo* info, void** kernel) {
-    *kernel = nullptr;
-    return guarded(a, [&] { *kernel = create(self(o), a, info); });
-  };
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    const auto& k = *static_cast<const CodesKernel*>(kernel);
-    return computed(k.api, k.who, [&] { compute(k, context); });
-  };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<CodesKernel*>(kernel); };
+  set_kernel<CodesOp, CodesKernel, create, compute>(op);
   op.InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
     return matmul::infer_shape_quietly(self(o).api, context, kBias, ort::kFloat);
   };

@@ -115,6 +115,21 @@ OrtStatus* computed(const OrtApi* api, const std::string& who, const Work& work)
   });
 }
 
+// Fills in how an op's kernels are made, run and destroyed. `kCreate(const Op&, api, info)` returns a new Kernel, which has
+// members `api` and `who`; `kCompute(kernel, context)` runs it. Both may throw.
+template <typename Op, typename Kernel, auto kCreate, auto kCompute>
+void set_kernel(OrtCustomOp& op) {
+  op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
+    *kernel = nullptr;
+    return guarded(api, [&] { *kernel = kCreate(*static_cast<const Op*>(o), api, info); });
+  };
+  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+    const auto& k = *static_cast<const Kernel*>(kernel);
+    return computed(k.api, k.who, [&] { kCompute(k, context); });
+  };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+}
+
 // Reads the inputs of a running node. Throws Refused unless there are `count`, each of the type that `type_of(i)` says.
 template <typename TypeOf>
 void read_inputs(const OrtApi* api, const OrtKernelContext* context, const char* const* names, size_t count,

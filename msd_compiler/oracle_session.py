@@ -1,0 +1,35 @@
+"""A session of a model's oracle: what it means, run without shortcuts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import onnxruntime
+
+from .oracle import is_widened, oracle_model, widen_inputs
+from .runtime import open_model
+from .source import Source
+
+Convert: TypeAlias = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""Makes one model's feed of another's."""
+
+_SAY_NOTHING = 4
+"""Log severity: what goes wrong comes as an exception."""
+
+
+def open_oracle(source: Source) -> tuple[onnxruntime.InferenceSession, Convert]:
+    """A session with graph optimizations off, accuracy levels at 0 and half precision widened, and what makes its feeds.
+
+    Raises:
+        RuntimeRefused: onnxruntime does not load it.
+    """
+    session = open_model(
+        oracle_model(source.proto, source.array),
+        source.folder,
+        name=source.name,
+        portable=True,
+        graph_optimization_level=onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        log_severity_level=_SAY_NOTHING,
+    )
+    return session, widen_inputs if is_widened(source.proto) else dict
