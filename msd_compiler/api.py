@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import onnx
 
-from .attention import AttentionSite
+from .attention import AttentionSite, handing_on
 from .build import NodeBuilder
 from .decide import Activations, Decided, Options, decide
 from .edit import Edit
@@ -287,6 +287,9 @@ def _rewrite(
             cache = new_cache or plan_of_cache(fact, linked)
             nodes = lower_attention(fact, cache, build)
             edit.replace(fact.scope, fact.replaced, nodes)
+            for node in handing_on(fact):
+                if not any(node is known for known in fact.replaced):
+                    edit.replace(fact.scope, [node], [])
             products += [RewrittenAttention(site.name, n, fact, cache) for n in nodes if n.domain == "msd"]
             keep_shapes(fact, cache.bits, edit)
             if new_cache is not None:
@@ -350,7 +353,7 @@ class _Check:
         verification: Verification | None = None
         note = "weights above 1 GB: every layer alone"
         if reference is None:
-            note = "no standard op keeps scales per token in this cache: every layer alone"
+            note = "no standard op keeps such a cache: every layer alone"
         elif weight_bytes(source.proto) <= WHOLE_UP_TO:
             try:
                 verification = verify_whole(

@@ -169,10 +169,17 @@ def caches(site: AttentionSite) -> tuple[Cache, Cache]:
     return site.key_cache, site.value_cache
 
 
+def handing_on(site: AttentionSite) -> list[gs.Node]:
+    """Nodes that do no more than name a new cache as the model's output."""
+    return [node for cache in caches(site) for node in cache.present.inputs if node is not cache.writer]
+
+
 def not_lowered(site: AttentionSite) -> str | None:
     """Why ``msd.Attention`` cannot stand for a site whose cache is, or becomes, codes; None if it can."""
     if site.valid is not None or any(cache.at is not None for cache in caches(site)):
         return "its cache is written into at a place that is an input: only caches that are appended to are followed"
+    if any(node.op != "Identity" for node in handing_on(site)):
+        return f"its new cache passes {handing_on(site)[0].op} before it leaves the model"
     if any(isinstance(d, str) and d not in DIMS for reader in site.shape_readers for d in reader.dims):
         return "the shape of something inside it is asked for"
     return None

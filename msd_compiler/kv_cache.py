@@ -11,7 +11,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, numpy_helper
 
-from .attention import AttentionSite, Cache, CachePlan, Scales, caches, not_lowered
+from .attention import AttentionSite, Cache, CachePlan, Scales, caches, handing_on, not_lowered
 from .build import NodeBuilder
 from .edit import Edit
 from .errors import ModelError
@@ -75,7 +75,7 @@ def why_not(site: AttentionSite, how: KvCache) -> str | None:
     if how.bits == 4 and (site.head_size % 2 or site.value_head_size % 2):
         return "its heads have an odd number of columns, which two to a byte do not hold"
     for cache in caches(site):
-        if cache.writer.op not in ("Concat", "GroupQueryAttention"):
+        if cache.writer.op not in _WRITERS:
             return f"its cache is written by {cache.writer.op}"
         known = {id(node) for node in (*site.replaced, cache.writer)}
         for tensor in (cache.past, cache.present):
@@ -129,9 +129,17 @@ def _peaks(source: Source, presents: list[str], samples: Sequence[Feed]) -> dict
     return peaks
 
 
+_WRITERS = frozenset({"Concat", "GroupQueryAttention", "Attention", "MultiHeadAttention"})
+"""Ops that append to a cache in a way that ``msd.Attention`` follows."""
+
+
 def has_oracle(sites: Mapping[str, AttentionSite], how: KvCache) -> bool:
-    """Whether `with_rounded_cache` can say what they become: GroupQueryAttention has no scales per token."""
-    return how.samples is not None or all(c.writer.op == "Concat" for site in sites.values() for c in caches(site))
+    """Whether `with_rounded_cache` can say what they become: an op that keeps its cache itself has no codes for it.
+
+    GroupQueryAttention has, but no scales per token.
+    """
+    told = {"Concat"} if how.samples is None else {"Concat", "GroupQueryAttention"}
+    return all(cache.writer.op in told for site in sites.values() for cache in caches(site))
 
 
 def with_rounded_cache(linked: Linked, sites: Mapping[str, AttentionSite], plans: Mapping[str, CachePlan]) -> Source:
@@ -149,6 +157,8 @@ def with_rounded_cache(linked: Linked, sites: Mapping[str, AttentionSite], plans
             _round_own_cache(site, plan, edit)
             store_caches_as_codes(edit, site, plan)
             continue
+        for node in handing_on(site):
+            edit.replace(site.scope, [node], [])
         for cache, scale, names in zip(caches(site), scales, travelling, strict=True):
             _round_cache(site, cache, plan.bits, scale, names, edit)
         store_caches_as_codes(edit, site, plan)
@@ -201,7 +211,8 @@ def _round_cache(
     if site.element_type != TensorProto.FLOAT:
         values = build.node("Cast", values, to=site.element_type)
     build.node("Identity", joined)
-    edit.reroute(site.scope, str(cache.present.name), values)
+    for name in {str(cache.writer.outputs[0].name), str(cache.present.name)}:
+        edit.reroute(site.scope, name, values)
     edit.replace(site.scope, [cache.writer], build.finish(str(cache.present.name)))
 
 
