@@ -197,10 +197,7 @@ def verify(
         raise OptionError(f"runs is {runs}; it must be 1 or more")
     feeds = [Feed("given", dict(inputs))] if isinstance(inputs, Mapping) else inputs
     before, after = load(source), load(result)
-    report = embedded_report(after.proto)
-    upgraded = report and any(row.reason_code is ReasonCode.ACTIVATION_UPGRADED for row in report.sites)
-    activations = Activations.UPGRADE if upgraded else Activations.KEEP
-    decided = decide(before, Options(activations=activations), silent)
+    decided = decide(before, _options_of(after), silent)
     return verify_whole(
         before,
         after,
@@ -210,6 +207,26 @@ def verify(
         tolerance=tolerance,
         progress=progress,
     )
+
+
+def _options_of(result: Source) -> Options:
+    """What a result was asked to be, as far as it changes what it means.
+
+    Raises:
+        OptionError: it cannot be told.
+    """
+    report = embedded_report(result.proto)
+    codes = {row.reason_code for row in report.sites} if report else set()
+    upgraded = ReasonCode.ACTIVATION_UPGRADED in codes
+    cache: KvCache | None = None
+    if report and ReasonCode.CACHE_ROUNDED in codes:
+        if not any(value.name.endswith("_scale") for value in result.proto.graph.input):
+            raise OptionError(
+                "the result's caches are scaled by samples, which it does not hold: only msd compile can verify it, when it makes it"
+            )
+        formats = {row.format for row in report.sites if row.reason_code is ReasonCode.CACHE_ROUNDED}
+        cache = KvCache(4 if "int4 cache" in formats else 8)
+    return Options(activations=Activations.UPGRADE if upgraded else Activations.KEEP, kv_cache=cache)
 
 
 def run(

@@ -80,6 +80,16 @@ def test_signature_and_rounding(bits, with_samples, tmp_path):
         assert relative_l2(logits(str(out), portable=portable), exact) < most
 
 
+def test_verify_knows_what_a_result_was_asked_to_be(tmp_path):
+    msd_compiler.compile(TINY_LLAMA, tmp_path / "own.onnx", kv_cache=KvCache(8), verify=False)
+    verification = msd_compiler.verify(TINY_LLAMA, tmp_path / "own.onnx", runs=1)
+    assert verification.passed
+    assert {row.name for row in verification.outputs} >= {"logits", "present.0.key", "present.0.key_scale"}
+    msd_compiler.compile(TINY_LLAMA, tmp_path / "samples.onnx", kv_cache=KvCache(8, samples()), verify=False)
+    with pytest.raises(msd_compiler.OptionError, match="scaled by samples"):
+        msd_compiler.verify(TINY_LLAMA, tmp_path / "samples.onnx")
+
+
 def test_without_the_flag_nothing_changes():
     done = msd_compiler.compile(TINY_LLAMA, verify=False)
     assert signature(done.model) == signature(onnx.load(TINY_LLAMA))
