@@ -150,6 +150,10 @@ class CachePlan:
     key_scales: Scales | None = None
     """Dynamic: where they come from and go to."""
     value_scales: Scales | None = None
+    key_shift: np.ndarray | None = None
+    """``[1, Hkv, 1, D]`` float32, taken off every key before it is rounded: the softmax does not see it. None: nothing."""
+    key_balance: np.ndarray | None = None
+    """``[1, Hkv, 1, D]`` float32, powers of two: keys are divided by it, and queries multiplied. None: by 1."""
 
     @property
     def dynamic(self) -> bool:

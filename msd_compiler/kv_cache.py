@@ -15,12 +15,23 @@ from .attention import AttentionSite, Cache, CachePlan, Scales, caches, handing_
 from .build import NodeBuilder
 from .edit import Edit
 from .errors import ModelError
+from .generate import Decoder
 from .inputs import Feed
 from .linked import Linked
 from .oracle_session import open_oracle
-from .runtime import run
+from .runtime import RuntimeRefused, run
 from .runtime_ops.attention.layout import unpack_codes
+from .save import weight_bytes
 from .source import Source
+
+_EVEN_UP_TO = 2**30
+"""Bytes of weights up to which a model is run to look at its keys."""
+
+_PROMPTS = (256, 64, 16)
+"""Tokens of a prompt that say something about keys, as many as the model takes."""
+
+_FEWEST_WORDS = 100
+"""Token ids below it are taken to exist."""
 
 SMALLEST_PEAK = 2.0**-100
 """A token whose largest magnitude is below it counts as zero, as in ``msd.Attention``."""
@@ -50,13 +61,21 @@ def cache_plans(source: Source, sites: Mapping[str, AttentionSite], how: KvCache
         RuntimeRefused: the model does not run on the samples.
         ModelError: what it returns for them holds NaN or Inf.
     """
-    if how.samples is None:
-        return {
-            name: CachePlan(how.bits, None, None, _travelling(site.key_cache), _travelling(site.value_cache))
-            for name, site in sites.items()
-        }
     if not sites:
         return {}
+    if how.samples is None:
+        evened = _evened(source, [site for site in sites.values() if _may_be_evened(site)])
+        return {
+            name: CachePlan(
+                how.bits,
+                None,
+                None,
+                _travelling(site.key_cache),
+                _travelling(site.value_cache),
+                *evened.get(str(site.key_cache.present.name), (None, None)),
+            )
+            for name, site in sites.items()
+        }
     peaks = _peaks(source, [str(c.present.name) for site in sites.values() for c in caches(site)], how.samples)
     plans = {}
     for name, site in sites.items():
@@ -116,6 +135,48 @@ def _scale(peak: np.ndarray, largest: int) -> np.ndarray:
     return np.where(peak > 0, peak / largest, 1).astype(np.float32)
 
 
+def _may_be_evened(site: AttentionSite) -> bool:
+    """Whether a constant taken off all keys changes nothing: it moves all logits of a query alike."""
+    return not (site.soft_cap or site.sinks is not None or site.smooth) and site.element_type == TensorProto.FLOAT
+
+
+def _evened(source: Source, sites: Sequence[AttentionSite]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By key cache, what to take off the keys and what to divide them by, from a prompt of random tokens.
+
+    Rotary embedding leaves a head one or two columns that hardly turn, large and almost the same for every token. They would
+    set the scale of all others. Any numbers would do: they change what is rounded, not what is meant. They are kept short, so
+    that another machine's last bits do not change them. Nothing is evened out where the model is no decoder, or large.
+    """
+    if not sites or weight_bytes(source.proto) > _EVEN_UP_TO:
+        return {}
+    evened = {}
+    for name, tokens in _keys_of_a_prompt(source).items():
+        mean, spread = tokens.mean(axis=(0, 2), keepdims=True), tokens.std(axis=(0, 2), keepdims=True)
+        if np.isfinite(mean).all() and (spread > 0).all():
+            balance = np.exp2(np.clip(np.rint(np.log2(spread) / 2), -30, 30))
+            evened[name] = (np.rint(mean / balance * 4) / 4 * balance).astype(np.float32), balance.astype(np.float32)
+    wanted = {str(site.key_cache.present.name) for site in sites}
+    return {name: both for name, both in evened.items() if name in wanted}
+
+
+def _keys_of_a_prompt(source: Source) -> dict[str, np.ndarray]:
+    """The caches after random tokens, by name; of fewer where the model takes no more, none where it is no decoder."""
+    try:
+        session, _ = open_oracle(source)
+        decoder = Decoder(session, model=source.proto)
+    except (RuntimeRefused, ModelError):
+        return {}
+    vocabulary = decoder.interface.ids.bound or _FEWEST_WORDS
+    for count in _PROMPTS:
+        decoder.reset()
+        try:
+            decoder.step(np.random.default_rng(0).integers(0, vocabulary, (1, count)))
+        except RuntimeRefused:
+            continue
+        return {n: v.astype(np.float64) for n, v in decoder.caches().items() if v.ndim == 4}
+    return {}
+
+
 def _peaks(source: Source, presents: list[str], samples: Sequence[Feed]) -> dict[str, np.ndarray]:
     """By cache its largest magnitudes, ``[1, Hkv, 1, D]``, over batch and tokens of all samples."""
     session, widen = open_oracle(source)
@@ -153,14 +214,15 @@ def with_rounded_cache(linked: Linked, sites: Mapping[str, AttentionSite], plans
         plan = plans[name]
         scales = (plan.key_scale, plan.value_scale)
         travelling = (plan.key_scales, plan.value_scales)
+        evened = ((plan.key_shift, plan.key_balance), (None, None))
         if site.node.op == "GroupQueryAttention":
             _round_own_cache(site, plan, edit)
             store_caches_as_codes(edit, site, plan)
             continue
         for node in handing_on(site):
             edit.replace(site.scope, [node], [])
-        for cache, scale, names in zip(caches(site), scales, travelling, strict=True):
-            _round_cache(site, cache, plan.bits, scale, names, edit)
+        for cache, scale, names, even in zip(caches(site), scales, travelling, evened, strict=True):
+            _round_cache(site, cache, plan.bits, scale, names, even, edit)
         store_caches_as_codes(edit, site, plan)
     return replace(linked.source, proto=edit.finish())
 
@@ -186,13 +248,24 @@ def _round_own_cache(site: AttentionSite, plan: CachePlan, edit: Edit) -> None:
 
 
 def _round_cache(
-    site: AttentionSite, cache: Cache, bits: int, scale: np.ndarray | None, names: Scales | None, edit: Edit
+    site: AttentionSite,
+    cache: Cache,
+    bits: int,
+    scale: np.ndarray | None,
+    names: Scales | None,
+    evened: tuple[np.ndarray | None, np.ndarray | None],
+    edit: Edit,
 ) -> None:
     """The Concat of a cache as: codes of the new tokens, codes of all, values of all."""
     past, new = cache.writer.inputs
     build = NodeBuilder(edit, str(cache.writer.name or cache.present.name))
     x = str(new.name) if site.element_type == TensorProto.FLOAT else build.node("Cast", new.name, to=TensorProto.FLOAT)
     largest = 2 ** (bits - 1) - 1
+    shift, balance = evened
+    if shift is not None:
+        x = build.node("Sub", x, build.constant("shift", shift))
+    if balance is not None:
+        x = build.node("Div", x, build.constant("balance", balance))
     if scale is not None:
         steps = build.node("Mul", x, build.constant("inverse", np.float32(1) / scale))
         all_scales = build.constant("scale", scale)
@@ -208,6 +281,10 @@ def _round_cache(
     codes = build.node("Round", build.node("Clip", steps, *bounds))
     joined = build.node("Concat", str(past.name), _packed(codes, bits, build), axis=2)
     values = build.node("Mul", _unpacked(joined, bits, build), all_scales)
+    if balance is not None:
+        values = build.node("Mul", values, build.constant("balance", balance))
+    if shift is not None:
+        values = build.node("Add", values, build.constant("shift", shift))
     if site.element_type != TensorProto.FLOAT:
         values = build.node("Cast", values, to=site.element_type)
     build.node("Identity", joined)
@@ -274,7 +351,11 @@ def float_caches(
                 past = str(cache.past.name)
                 given = floats.pop(names.past) if names is not None else scale
                 dtype = onnx.helper.tensor_dtype_to_np_dtype(site.element_type)
-                floats[past] = (unpack_codes(feed[past], size, plan.bits) * np.asarray(given)).astype(dtype)
+                values = unpack_codes(feed[past], size, plan.bits) * np.asarray(given)
+                if cache is site.key_cache:
+                    values = values * (1 if plan.key_balance is None else plan.key_balance)
+                    values = values + (0 if plan.key_shift is None else plan.key_shift)
+                floats[past] = values.astype(dtype)
         return floats
 
     return convert

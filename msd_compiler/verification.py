@@ -304,12 +304,12 @@ def _row(
 
 
 def _rounding_of_codes(codes: np.ndarray) -> float:
-    """Relative L2 of one element in ten, at least four, being off by one code; of bytes of two codes one in fifty.
+    """Relative L2 of one element in four, at least four, being off by one code; of bytes of two codes one in thirty.
 
     An output of integer codes (a low-bit cache) is a rounded value: one that lies at a boundary may fall on either side,
-    however close the value is. Values 4e-4 apart do so in one of ten of 127 codes, and the fewer the codes the fewer.
+    however close the value is. Values 1e-3 of the largest apart do so in a quarter of 127 codes, of 7 codes in a sixtieth.
     """
-    step, share = (16.0, 0.02) if codes.dtype == np.uint8 else (1.0, 0.1)
+    step, share = (16.0, 1 / 30) if codes.dtype == np.uint8 else (1.0, 1 / 4)
     count = max(4.0, share * codes.size)
     return float(step * np.sqrt(count) / (np.linalg.norm(codes.astype(np.float64)) or 1.0))
 

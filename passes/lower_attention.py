@@ -48,6 +48,7 @@ def lower_attention(site: AttentionSite, cache: CachePlan, build: NodeBuilder) -
             (v, site.kv_heads, site.value_head_size),
         )
     )
+    q, k = _even_out(site, cache, q, k, build)
     kind = APPEND if site.lengths is None else GROW
     plan = Plan(cache.bits, cache.dynamic, kind, site.causal, site.window)
     made = build.node_of(
@@ -95,6 +96,17 @@ def _by_head(x: str, heads: int, size: int, build: NodeBuilder) -> str:
     """``[B, S, H * D]`` -> ``[B, H, S, D]``."""
     apart = build.node("Reshape", x, build.constant("heads", np.array([0, 0, heads, size], np.int64)))
     return build.node("Transpose", apart, perm=[0, 2, 1, 3])
+
+
+def _even_out(site: AttentionSite, cache: CachePlan, q: str, k: str, build: NodeBuilder) -> tuple[str, str]:
+    """Keys of columns that are alike: what they have in common taken off, large columns made smaller and their queries larger."""
+    if cache.key_shift is not None:
+        k = build.node("Sub", k, build.constant("key_shift", cache.key_shift))
+    if cache.key_balance is not None:
+        k = build.node("Mul", k, build.constant("key_balance", 1 / cache.key_balance))
+        of_queries = np.repeat(cache.key_balance, site.heads // site.kv_heads, axis=1)
+        q = build.node("Mul", q, build.constant("query_balance", of_queries))
+    return q, k
 
 
 def _past_lengths(site: AttentionSite, q: str, build: NodeBuilder) -> str:

@@ -85,6 +85,10 @@ class Decoder:
             raise OptionError("padding is for the first step; reset comes before another")
         return self._feed(tokens)
 
+    def caches(self) -> dict[str, np.ndarray]:
+        """What the model returned for the next step, by the output's name: with buffers of a fixed capacity, all of them."""
+        return {c.present: array_of(v) for c, v in zip(self.interface.caches, self._caches, strict=False)}
+
     def _feed(self, tokens: np.ndarray) -> np.ndarray:
         """As `step`, in pieces where the model's ids have a fixed length."""
         n = tokens.shape[1]

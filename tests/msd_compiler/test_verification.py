@@ -89,7 +89,7 @@ def test_layers_that_the_time_does_not_reach_are_counted():
 
 def test_a_code_at_a_rounding_boundary_is_no_failure():
     codes = np.full((4, 100), 50, np.int8)
-    assert verification._rounding_of_codes(codes) == pytest.approx(np.sqrt(40) / 1000)
+    assert verification._rounding_of_codes(codes) == pytest.approx(np.sqrt(100) / 1000)
 
 
 def test_the_source_is_kept_out_of_the_default_session_s_rounding():
