@@ -33,6 +33,9 @@ _PROMPTS = (256, 64, 16)
 _FEWEST_WORDS = 100
 """Token ids below it are taken to exist."""
 
+_HEADROOM = np.float32(1.125)
+"""Of scales measured on samples: other text goes a little beyond them, and what is beyond a scale is cut off."""
+
 SMALLEST_PEAK = 2.0**-100
 """A token whose largest magnitude is below it counts as zero, as in ``msd.Attention``."""
 
@@ -76,11 +79,14 @@ def cache_plans(source: Source, sites: Mapping[str, AttentionSite], how: KvCache
             )
             for name, site in sites.items()
         }
-    peaks = _peaks(source, [str(c.present.name) for site in sites.values() for c in caches(site)], how.samples)
+    ranges = _ranges(source, [str(c.present.name) for site in sites.values() for c in caches(site)], how.samples)
     plans = {}
     for name, site in sites.items():
-        key, value = (_scale(peaks[str(cache.present.name)], how.largest) for cache in caches(site))
-        plans[name] = CachePlan(how.bits, key, value)
+        low, high = ranges[str(site.key_cache.present.name)]
+        shift = (low + high) / 2 if _may_be_evened(site) else np.zeros_like(low)
+        key = _scale(_HEADROOM * np.maximum(high - shift, shift - low), how.largest)
+        value = _scale(_HEADROOM * np.maximum(*np.abs(ranges[str(site.value_cache.present.name)])), how.largest)
+        plans[name] = CachePlan(how.bits, key, value, key_shift=shift if shift.any() else None)
     return plans
 
 
@@ -177,17 +183,23 @@ def _keys_of_a_prompt(source: Source) -> dict[str, np.ndarray]:
     return {}
 
 
-def _peaks(source: Source, presents: list[str], samples: Sequence[Feed]) -> dict[str, np.ndarray]:
-    """By cache its largest magnitudes, ``[1, Hkv, 1, D]``, over batch and tokens of all samples."""
+def _ranges(source: Source, presents: list[str], samples: Sequence[Feed]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By cache its least and largest values, ``[1, Hkv, 1, D]``, over batch and tokens of all samples."""
     session, widen = open_oracle(source)
-    peaks: dict[str, np.ndarray] = {}
+    ranges: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for sample in samples:
         for name, value in zip(presents, run(session, presents, widen(dict(sample.arrays))), strict=True):
-            peak = np.abs(np.asarray(value, np.float32)).max(axis=(0, 2), keepdims=True, initial=0)
-            if not np.isfinite(peak).all():
+            tokens = np.asarray(value, np.float32)
+            if not np.isfinite(tokens).all():
                 raise ModelError(f"{source.name}: {name!r} is not finite on {sample.name}; no scale fits it")
-            peaks[name] = np.maximum(peaks.get(name, peak), peak)
-    return peaks
+            if tokens.size:
+                low, high = tokens.min(axis=(0, 2), keepdims=True), tokens.max(axis=(0, 2), keepdims=True)
+                known = ranges.get(name, (low, high))
+                ranges[name] = np.minimum(known[0], low), np.maximum(known[1], high)
+    missing = next((name for name in presents if name not in ranges), None)
+    if missing is not None:
+        raise ModelError(f"{source.name}: {missing!r} holds no tokens on the samples; give some that are not empty")
+    return ranges
 
 
 _WRITERS = frozenset({"Concat", "GroupQueryAttention", "Attention", "MultiHeadAttention"})
