@@ -83,7 +83,10 @@ def cache_plans(source: Source, sites: Mapping[str, AttentionSite], how: KvCache
     plans = {}
     for name, site in sites.items():
         low, high = ranges[str(site.key_cache.present.name)]
-        shift = (low + high) / 2 if _may_be_evened(site) else np.zeros_like(low)
+        told = (
+            _may_be_evened(site) and site.key_cache.writer.op == "Concat"
+        )  # GroupQueryAttention's own codes have no shift
+        shift = (low + high) / 2 if told else np.zeros_like(low)
         key = _scale(_HEADROOM * np.maximum(high - shift, shift - low), how.largest)
         value = _scale(_HEADROOM * np.maximum(*np.abs(ranges[str(site.value_cache.present.name)])), how.largest)
         plans[name] = CachePlan(how.bits, key, value, key_shift=shift if shift.any() else None)
