@@ -147,7 +147,7 @@ def library() -> ctypes.CDLL:
     return library
 
 
-@pytest.fixture(params=["avx2", "scalar"])
+@pytest.fixture(params=["avx512-vnni", "avx-vnni", "avx2", "scalar"])
 def variant(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Iterator[str]:
     """Runs the test with each native kernel of this machine."""
     if library.msd_select_isa(request.param.encode()) == 0:

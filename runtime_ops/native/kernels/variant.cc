@@ -18,17 +18,17 @@ struct Registers {
   uint32_t eax, ebx, ecx, edx;
 };
 
-Registers cpuid(uint32_t leaf) {
+Registers cpuid(uint32_t leaf, uint32_t part = 0) {
   Registers r{};
 #if defined(_MSC_VER)
   int out[4];
   __cpuid(out, 0);
   if (static_cast<uint32_t>(out[0]) < leaf) return r;
-  __cpuidex(out, static_cast<int>(leaf), 0);
+  __cpuidex(out, static_cast<int>(leaf), static_cast<int>(part));
   r = {static_cast<uint32_t>(out[0]), static_cast<uint32_t>(out[1]), static_cast<uint32_t>(out[2]),
        static_cast<uint32_t>(out[3])};
 #else
-  __get_cpuid_count(leaf, 0, &r.eax, &r.ebx, &r.ecx, &r.edx);
+  __get_cpuid_count(leaf, part, &r.eax, &r.ebx, &r.ecx, &r.edx);
 #endif
   return r;
 }
@@ -43,32 +43,56 @@ uint64_t saved_registers() {
 #endif
 }
 
+bool has_all(uint32_t flags, uint32_t wanted) { return (flags & wanted) == wanted; }
+
 bool has_avx2_and_f16c() {
   const Registers one = cpuid(1);
   constexpr uint32_t kOsXsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;
-  if ((one.ecx & kOsXsave) == 0 || (one.ecx & kAvx) == 0 || (one.ecx & kF16c) == 0) return false;
+  if (!has_all(one.ecx, kOsXsave | kAvx | kF16c)) return false;
   constexpr uint64_t kXmmAndYmm = 0x6;
   if ((saved_registers() & kXmmAndYmm) != kXmmAndYmm) return false;
-  return (cpuid(7).ebx & (1u << 5)) != 0;
+  return has_all(cpuid(7).ebx, 1u << 5);
+}
+
+bool has_avx_vnni() {
+  if (!machine_has(Isa::kAvx2) || cpuid(7).eax < 1) return false;  // eax: the last part of the leaf
+  return has_all(cpuid(7, 1).eax, 1u << 4);
+}
+
+// What the files of this set are compiled for: F, DQ, BW, VL and VNNI.
+bool has_avx512_vnni() {
+  if (!machine_has(Isa::kAvx2)) return false;
+  constexpr uint64_t kMasksAndZmm = 0xe0;
+  if ((saved_registers() & kMasksAndZmm) != kMasksAndZmm) return false;
+  const Registers seven = cpuid(7);
+  return has_all(seven.ebx, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31) && has_all(seven.ecx, 1u << 11);
 }
 #endif
 
 }  // namespace
 
 bool machine_has(Isa isa) {
+  // Kept, for it is asked at every call of an op, and slow on a virtual machine.
   switch (isa) {
     case Isa::kScalar:
       return true;
-    case Isa::kAvx2: {
 #if defined(MSD_X86)
-      static const bool has = has_avx2_and_f16c();  // asked at every call of an op, and slow on a virtual machine
+    case Isa::kAvx2: {
+      static const bool has = has_avx2_and_f16c();
       return has;
-#else
-      return false;
-#endif
     }
+    case Isa::kAvxVnni: {
+      static const bool has = has_avx_vnni();
+      return has;
+    }
+    case Isa::kAvx512Vnni: {
+      static const bool has = has_avx512_vnni();
+      return has;
+    }
+#endif
+    default:
+      return false;
   }
-  return false;
 }
 
 }  // namespace msd

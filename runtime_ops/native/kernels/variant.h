@@ -7,14 +7,25 @@
 
 namespace msd {
 
-enum class Isa { kScalar, kAvx2 };  // a later one is better
+enum class Isa { kScalar, kAvx2, kAvxVnni, kAvx512Vnni };  // a later one is better
 
 struct IsaName {
   Isa isa;
   const char* name;
 };
 
-inline constexpr IsaName kIsaNames[] = {{Isa::kAvx2, "avx2"}, {Isa::kScalar, "scalar"}};  // best first
+// Best first. The build defines MSD_AVX512_VNNI and MSD_AVX_VNNI where the compiler knows those instructions: what it
+// does not know is in no table, and its name is not accepted.
+inline constexpr IsaName kIsaNames[] = {
+#if defined(MSD_AVX512_VNNI)
+    {Isa::kAvx512Vnni, "avx512-vnni"},
+#endif
+#if defined(MSD_AVX_VNNI)
+    {Isa::kAvxVnni, "avx-vnni"},
+#endif
+    {Isa::kAvx2, "avx2"},
+    {Isa::kScalar, "scalar"},
+};
 
 // True if the processor has the instruction set and the operating system saves its registers.
 bool machine_has(Isa isa);

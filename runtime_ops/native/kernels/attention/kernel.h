@@ -111,7 +111,15 @@ void logits_avx2(const int16_t*, int64_t, const Tokens&, int16_t*, int32_t*);
 Share soften_avx2(const Softmax&, int32_t*, int16_t*);
 void mix_avx2(const int16_t*, int64_t, const Tokens&, int16_t*, int32_t*);
 
+void logits_avx512vnni(const int16_t*, int64_t, const Tokens&, int16_t*, int32_t*);
+Share soften_avx512(const Softmax&, int32_t*, int16_t*);
+void mix_avx512vnni(const int16_t*, int64_t, const Tokens&, int16_t*, int32_t*);
+
 inline constexpr Variant<Kernel> kVariants[] = {
+#if defined(MSD_AVX512_VNNI)
+    {Isa::kAvx512Vnni,
+     {decompose_avx2, quantize_avx2, unpack_avx2, logits_avx512vnni, soften_avx512, mix_avx512vnni}},
+#endif
 #if defined(MSD_X86)
     {Isa::kAvx2, {decompose_avx2, quantize_avx2, unpack_avx2, logits_avx2, soften_avx2, mix_avx2}},
 #endif

@@ -113,8 +113,17 @@ void multiply_scalar(const Plan&, const Weight&, const Panel&, int64_t, int64_t,
 void decompose_avx2(const Plan&, const void*, Real, const Panel&, int64_t, int64_t);
 void load_codes_avx2(const Plan&, const Codes&, const Panel&, int64_t, int64_t);
 void multiply_avx2(const Plan&, const Weight&, const Panel&, int64_t, int64_t, const Output&);
+void multiply_avxvnni(const Plan&, const Weight&, const Panel&, int64_t, int64_t, const Output&);
+void multiply_avx512vnni(const Plan&, const Weight&, const Panel&, int64_t, int64_t, const Output&);
 
+// The sets with VNNI keep AVX2's order of codes, and with it what writes them.
 inline constexpr Variant<Kernel> kVariants[] = {
+#if defined(MSD_AVX512_VNNI)
+    {Isa::kAvx512Vnni, {decompose_avx2, load_codes_avx2, multiply_avx512vnni}},
+#endif
+#if defined(MSD_AVX_VNNI)
+    {Isa::kAvxVnni, {decompose_avx2, load_codes_avx2, multiply_avxvnni}},
+#endif
 #if defined(MSD_X86)
     {Isa::kAvx2, {decompose_avx2, load_codes_avx2, multiply_avx2}},
 #endif

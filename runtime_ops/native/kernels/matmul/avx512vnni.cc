@@ -1,0 +1,291 @@
+// AVX-512 with VNNI: int16 codes times unsigned weight codes through vpdpwssd, which adds two products to a 32-bit sum.
+// Codes are those of avx2.cc, in its order: a weight line is one vector, and a 32-bit lane of it one column's quad.
+//
+// Some rows of one or two tiles at a time go through all groups with their sums in registers; weights are widened on
+// the fly, which is little beside the products of eight rows, and the zero point is taken off a group's sum.
+
+#include <immintrin.h>
+
+#include "kernel.h"
+
+// Loops over rows and tiles are unrolled, so that arrays of vectors are registers; and sums written out as an
+// instruction, for GCC otherwise rotates them through copies.
+#if defined(__GNUC__)
+#define MSD_ADD_PRODUCTS_TO(sum, w, q) __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(q))
+#define MSD_INNER __attribute__((noinline))
+#define MSD_INLINE inline __attribute__((always_inline))
+#else
+#define MSD_ADD_PRODUCTS_TO(sum, w, q) (sum) = _mm512_dpwssd_epi32(sum, w, q)
+#define MSD_INNER __declspec(noinline)
+#define MSD_INLINE __forceinline
+#endif
+#if defined(__clang__)
+#define MSD_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define MSD_UNROLL _Pragma("GCC unroll 16")
+#else
+#define MSD_UNROLL
+#endif
+
+namespace msd::matmul {
+namespace {
+
+constexpr int kRowsAtOnce = 8;
+constexpr int kTilesAtOnce = 2;
+constexpr int kAhead = 1024;  // bytes
+
+// A pair of k of 16 columns: number `pair` of a line's 16 / kBits. Pair 2u is the even bytes' code number u, pair
+// 2u + 1 the odd bytes'.
+template <int kBits>
+MSD_INLINE __m512i widened_pair(__m512i line, int pair) {
+  const int shift = pair % 2 * 8 + pair / 2 * kBits;
+  if (shift != 0) line = _mm512_srli_epi16(line, shift);
+  if (shift + kBits != 16) line = _mm512_and_si512(line, _mm512_set1_epi16((1 << kBits) - 1));
+  return line;
+}
+
+MSD_INLINE __m512i broadcast_pair(const int16_t* codes) {
+  int32_t pair;
+  memcpy(&pair, codes, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+
+// Sums of w * Q over a group, w as stored, of kRows rows and kTiles tiles, whose lines lie `tile_step` apart.
+template <int kBits, int kRows, int kTiles>
+MSD_INLINE void products_of_lines(const uint8_t* lines, int64_t tile_step, int64_t count, const int16_t* codes,
+                                  int64_t stride, __m512i (&acc)[kRows][kTiles]) {
+  constexpr int kPairs = 16 / kBits;
+  MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+    MSD_UNROLL for (int t = 0; t < kTiles; ++t) acc[r][t] = _mm512_setzero_si512();
+  }
+  for (const uint8_t* end = lines + count * kLine; lines != end; lines += kLine, codes += 2 * kPairs) {
+    __m512i line[kTiles];
+    MSD_UNROLL for (int t = 0; t < kTiles; ++t) line[t] = _mm512_loadu_si512(lines + t * tile_step);
+    // The processor's own prefetching stops at pages. Beyond the weight's end it asks in vain, which does no harm.
+    MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
+      _mm_prefetch(reinterpret_cast<const char*>(lines + t * tile_step + kAhead), _MM_HINT_T0);
+    }
+    MSD_UNROLL for (int pair = 0; pair < kPairs; ++pair) {
+      __m512i w[kTiles];
+      MSD_UNROLL for (int t = 0; t < kTiles; ++t) w[t] = widened_pair<kBits>(line[t], pair);
+      MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+        const __m512i q = broadcast_pair(codes + r * stride + 2 * pair);
+        MSD_UNROLL for (int t = 0; t < kTiles; ++t) MSD_ADD_PRODUCTS_TO(acc[r][t], w[t], q);
+      }
+    }
+  }
+}
+
+MSD_INLINE __m512 load_columns(const Columns<float>& columns, int64_t tile, int64_t group) {
+  if (columns.single) return _mm512_set1_ps(columns.base[0]);
+  return _mm512_loadu_ps(columns.base + tile * columns.per_tile + group * columns.per_group);
+}
+
+MSD_INLINE __m512i load_columns(const Columns<uint8_t>& columns, int64_t tile, int64_t group) {
+  if (columns.single) return _mm512_set1_epi32(columns.base[0]);
+  const uint8_t* at = columns.base + tile * columns.per_tile + group * columns.per_group;
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
+
+// What the shift of given codes adds to C: that many times the sum of w - z.
+template <int kBits>
+MSD_INNER __m512i shift_part(const Plan& plan, const Panel& panel, const uint8_t* lines, int64_t g,
+                             __m512i zero_points) {
+  __m512i c[1][1];
+  products_of_lines<kBits, 1, 1>(lines, 0, plan.lines, panel.ones + g * plan.stride, plan.stride, c);
+  const __m512i sum = _mm512_sub_epi32(c[0][0], _mm512_mullo_epi32(zero_points, _mm512_set1_epi32(panel.ones_sums[g])));
+  return _mm512_mullo_epi32(sum, _mm512_set1_epi32(panel.shift));
+}
+
+// C of a group. In between it may exceed int32, in the end it does not: right modulo 2^32.
+template <int kBits, int kRows, int kTiles>
+MSD_INLINE void group_sums(const Plan& plan, const Weight& weight, const Panel& panel, int64_t tile, int64_t g,
+                           int64_t at, __m512i (&c)[kRows][kTiles]) {
+  const int64_t tile_step = plan.groups * plan.lines * kLine;
+  const uint8_t* lines = weight.b + tile * tile_step + g * plan.lines * kLine;
+  products_of_lines<kBits>(lines, tile_step, plan.lines, panel.codes + at * plan.stride, plan.stride, c);
+  MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
+    const __m512i zero_points = load_columns(weight.zero_points, tile + t, g);
+    MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+      c[r][t] = _mm512_sub_epi32(c[r][t], _mm512_mullo_epi32(zero_points, _mm512_set1_epi32(panel.sums[at + r])));
+    }
+    if (panel.shift != 0) {
+      const __m512i shifted = shift_part<kBits>(plan, panel, lines + t * tile_step, g, zero_points);
+      MSD_UNROLL for (int r = 0; r < kRows; ++r) c[r][t] = _mm512_add_epi32(c[r][t], shifted);
+    }
+  }
+}
+
+void store_row(__m512 y, int64_t columns, const Output& output, int64_t index) {
+  const auto mask = static_cast<__mmask16>((1u << columns) - 1);
+  if (output.type == Real::kFloat && output.precision == Real::kFloat) {
+    _mm512_mask_storeu_ps(static_cast<float*>(output.y) + index, mask, y);
+  } else if (output.type == Real::kHalf) {
+    const __m256i rounded = _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(output.y) + index, mask, rounded);
+  } else {
+    float values[kTile];
+    _mm512_storeu_ps(values, y);
+    for (int64_t c = 0; c < columns; ++c) store_real(output, index + c, values[c]);
+  }
+}
+
+struct TileColumns {
+  TileColumns(const Weight& weight, int64_t tile) : first(tile * kTile) {
+    const int64_t left = weight.n - first;
+    count = left < kTile ? left : kTile;
+    bias = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), weight.bias + first);
+  }
+  int64_t first, count;
+  __m512 bias;
+};
+
+// Rows [row, row + kRows) of the panel and tiles [tile, tile + kTiles): sums in float.
+template <int kBits, int kRows, int kTiles>
+MSD_INNER void multiply_block(const Plan& plan, const Weight& weight, const Panel& panel, int64_t row, int64_t tile,
+                              const Output& output) {
+  __m512 totals[kRows][kTiles];
+  MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+    MSD_UNROLL for (int t = 0; t < kTiles; ++t) totals[r][t] = _mm512_setzero_ps();
+  }
+  for (int64_t g = 0; g < plan.groups; ++g) {
+    const int64_t at = g * panel.rows + row;
+    __m512i c[kRows][kTiles];
+    group_sums<kBits>(plan, weight, panel, tile, g, at, c);
+    MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
+      const __m512 scales = load_columns(weight.scales, tile + t, g);
+      MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+        __m512 v = _mm512_cvtepi32_ps(c[r][t]);
+        if (weight.has_offsets) {
+          const int32_t code_sum = panel.sums[at + r] + (panel.shift != 0 ? panel.shift * panel.ones_sums[g] : 0);
+          const __m512 offsets = load_columns(weight.offsets, tile + t, g);
+          v = _mm512_sub_ps(v, _mm512_mul_ps(offsets, _mm512_set1_ps(static_cast<float>(code_sum))));
+        }
+        const __m512 p = _mm512_mul_ps(_mm512_set1_ps(panel.scales[at + r]), scales);
+        totals[r][t] = _mm512_add_ps(totals[r][t], _mm512_mul_ps(v, p));
+      }
+    }
+  }
+  MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
+    const TileColumns columns(weight, tile + t);
+    MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+      store_row(_mm512_add_ps(totals[r][t], columns.bias), columns.count, output, (row + r) * weight.n + columns.first);
+    }
+  }
+}
+
+// Two vectors of eight columns in double.
+struct Doubles {
+  MSD_INLINE static Doubles of(__m512i x) {
+    return {_mm512_cvtepi32_pd(_mm512_castsi512_si256(x)), _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(x, 1))};
+  }
+  MSD_INLINE static Doubles of(__m512 x) {
+    return {_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
+  }
+  MSD_INLINE static Doubles of(double x) { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }
+  MSD_INLINE Doubles operator+(Doubles b) const { return {_mm512_add_pd(low, b.low), _mm512_add_pd(high, b.high)}; }
+  MSD_INLINE Doubles operator-(Doubles b) const { return {_mm512_sub_pd(low, b.low), _mm512_sub_pd(high, b.high)}; }
+  MSD_INLINE Doubles operator*(Doubles b) const { return {_mm512_mul_pd(low, b.low), _mm512_mul_pd(high, b.high)}; }
+  MSD_INLINE __m512 rounded() const {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
+  }
+  __m512d low, high;
+};
+
+// The same of codes in two planes: sums in double.
+template <int kBits, int kRows>
+MSD_INNER void multiply_planes(const Plan& plan, const Weight& weight, const Panel& panel, int64_t row, int64_t tile,
+                               const Output& output) {
+  Doubles totals[kRows];
+  MSD_UNROLL for (int r = 0; r < kRows; ++r) totals[r] = Doubles::of(0.0);
+  const int64_t plane = plan.groups * panel.rows;
+  for (int64_t g = 0; g < plan.groups; ++g) {
+    const int64_t at = g * panel.rows + row;
+    __m512i high[kRows][1], low[kRows][1];
+    group_sums<kBits>(plan, weight, panel, tile, g, at, high);
+    group_sums<kBits>(plan, weight, panel, tile, g, plane + at, low);
+    const Doubles scales = Doubles::of(load_columns(weight.scales, tile, g));
+    MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+      // Exact: below 2^53.
+      Doubles v = Doubles::of(high[r][0]) * Doubles::of(256.0) + Doubles::of(low[r][0]);
+      if (weight.has_offsets) {
+        const double code_sum = 256.0 * panel.sums[at + r] + panel.sums[plane + at + r];
+        v = v - Doubles::of(load_columns(weight.offsets, tile, g)) * Doubles::of(code_sum);
+      }
+      totals[r] = totals[r] + v * (Doubles::of(panel.scales64[at + r]) * scales);
+    }
+  }
+  const TileColumns columns(weight, tile);
+  MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+    const __m512 y = (totals[r] + Doubles::of(columns.bias)).rounded();
+    store_row(y, columns.count, output, (row + r) * weight.n + columns.first);
+  }
+}
+
+// The same of given codes with one scale per column: one exact sum, held in double.
+template <int kBits, int kRows>
+MSD_INNER void multiply_one_sum(const Plan& plan, const Weight& weight, const Panel& panel, int64_t row, int64_t tile,
+                                const Output& output) {
+  Doubles totals[kRows];
+  MSD_UNROLL for (int r = 0; r < kRows; ++r) totals[r] = Doubles::of(0.0);
+  for (int64_t g = 0; g < plan.groups; ++g) {
+    __m512i c[kRows][1];
+    group_sums<kBits>(plan, weight, panel, tile, g, g * panel.rows + row, c);
+    MSD_UNROLL for (int r = 0; r < kRows; ++r) totals[r] = totals[r] + Doubles::of(c[r][0]);
+  }
+  const TileColumns columns(weight, tile);
+  const __m512 scales = load_columns(weight.scales, tile, 0);
+  MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+    const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(panel.scales[row + r]), scales);
+    const __m512 y = _mm512_add_ps(_mm512_mul_ps(totals[r].rounded(), scale), columns.bias);
+    store_row(y, columns.count, output, (row + r) * weight.n + columns.first);
+  }
+}
+
+// All rows of the panel, kRows at a time; what is left over in halves.
+template <int kBits, int kRows, int kTiles>
+void multiply_rows(const Plan& plan, const Weight& weight, const Panel& panel, int64_t row, int64_t tile,
+                   const Output& output) {
+  for (; row + kRows <= panel.rows; row += kRows) {
+    if constexpr (kTiles > 1) {
+      multiply_block<kBits, kRows, kTiles>(plan, weight, panel, row, tile, output);
+    } else if (plan.is_one_sum) {
+      multiply_one_sum<kBits, kRows>(plan, weight, panel, row, tile, output);
+    } else if (plan.terms == 3) {
+      multiply_planes<kBits, kRows>(plan, weight, panel, row, tile, output);
+    } else {
+      multiply_block<kBits, kRows, 1>(plan, weight, panel, row, tile, output);
+    }
+  }
+  if constexpr (kRows > 1) {
+    if (row < panel.rows) multiply_rows<kBits, kRows / 2, kTiles>(plan, weight, panel, row, tile, output);
+  }
+}
+
+template <int kBits>
+void multiply_bits(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
+                   const Output& output) {
+  int64_t tile = first;
+  if (plan.terms != 3 && !plan.is_one_sum) {
+    for (; tile + kTilesAtOnce <= last; tile += kTilesAtOnce) {
+      multiply_rows<kBits, kRowsAtOnce, kTilesAtOnce>(plan, weight, panel, 0, tile, output);
+    }
+  }
+  for (; tile < last; ++tile) multiply_rows<kBits, kRowsAtOnce, 1>(plan, weight, panel, 0, tile, output);
+}
+
+}  // namespace
+
+void multiply_avx512vnni(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
+                         const Output& output) {
+  switch (plan.bits) {
+    case 2:
+      return multiply_bits<2>(plan, weight, panel, first, last, output);
+    case 4:
+      return multiply_bits<4>(plan, weight, panel, first, last, output);
+    default:
+      return multiply_bits<8>(plan, weight, panel, first, last, output);
+  }
+}
+
+}  // namespace msd::matmul
