@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from . import api, genai, screen
+from . import api, bench, doctor, genai, screen
 from .api import DEFAULT_TOLERANCE, DEFAULT_VERIFY_SECONDS, VerificationFailed
 from .decide import Activations
 from .errors import MsdError, OptionError, OutputError
@@ -272,6 +272,86 @@ def _show_generated(generated: Generated, output: Path | None, as_json: bool) ->
         _console().print(" ".join(map(str, row)), soft_wrap=True, highlight=False, markup=False)
     rate = f", then {speed:.3g} tokens per second" if speed is not None else ""
     _console().print(f"prompt {generated.prefill_ms:.3g} ms{rate}", soft_wrap=True, highlight=False)
+
+
+class Suite(StrEnum):
+    """Benchmarks that need no model."""
+
+    LINEAR = "linear"
+    ATTENTION = "attention"
+
+
+@app.command("bench", epilog="Example: msd bench model.onnx --plot model.svg")
+def bench_(
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL", help="the measure of the others")] = None,
+    results: Annotated[
+        list[Path] | None, typer.Argument(metavar="RESULT", help="default: MODEL, compiled for the occasion")
+    ] = None,
+    suite: Annotated[Suite | None, typer.Option(help="without a model: layers of common sizes")] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="an array per input; default: made from the signature")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="of every session; default: onnxruntime's, for a suite 1", min=1)
+    ] = None,
+    runs: Annotated[int, typer.Option(help="of each, in turns, for a median", min=15)] = 15,
+    seconds: Annotated[float, typer.Option(help="for each comparison; then fewer runs, 3 at least", min=0)] = 30.0,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="with --suite linear: our op without the native library, too")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg|png", help="draw it, too; needs matplotlib")] = None,
+    json_: Json = False,
+) -> None:
+    """Time models, or single layers, side by side on this machine, and say how right each is.
+
+    Of models: runs in turns, with medians, quartiles and ratios to the first one; prompt and next tokens of a decoder; time to open,
+    first run and peak memory in fresh processes; the nodes that take longest.
+    """
+    if (model is None) == (suite is None):
+        raise OptionError("one of MODEL and --suite is needed: what to time")
+    if suite is not None and inputs is not None:
+        raise OptionError("--inputs are for a MODEL; a suite makes its own")
+    if portable and suite is not Suite.LINEAR:
+        raise OptionError("--portable is for --suite linear")
+    if plot is not None:
+        bench.check_plot(plot)
+    feed = None if inputs is None else read_feed(inputs)
+    report: bench.Report
+    with _progress(quiet=json_) as progress:
+        if model is not None:
+            effort = bench.Effort(runs, seconds)
+            report = bench.bench_models(
+                model, results or [], inputs=feed, threads=threads, effort=effort, progress=progress
+            )
+        else:
+            options: dict[str, Any] = {"threads": threads or 1, "runs": runs, "seconds": seconds, "progress": progress}
+            if suite is Suite.LINEAR:
+                report = bench.bench_linear(portable=portable, **options)
+            else:
+                report = bench.bench_attention(**options)
+    if plot is not None:
+        bench.plot(report, plot)
+    if json_:
+        print(report.model_dump_json(indent=2))
+        return
+    _console().print(bench.view(report))
+    if plot is not None:
+        _console().print(f"wrote {plot}", soft_wrap=True)
+
+
+@app.command("doctor", epilog="Example: msd doctor")
+def doctor_(json_: Json = False) -> None:
+    """Show what runs on this machine and why: onnxruntime, native library, instruction set, CPUs; and what is wrong.
+
+    Exit status 1: the native library cannot be used.
+    """
+    diagnosis = doctor.examine()
+    if json_:
+        print(diagnosis.model_dump_json(indent=2))
+    else:
+        _console().print(doctor.diagnosis_view(diagnosis))
+    if not diagnosis.usable:
+        raise typer.Exit(FAILED)
 
 
 @app.command(epilog="Example: msd demo -o demo.msd.onnx")

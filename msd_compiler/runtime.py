@@ -66,9 +66,13 @@ def register(options: onnxruntime.SessionOptions) -> None:
     if options in _registered:
         return
     try:
-        options.register_custom_ops_library(str(library_path()))
+        path = str(library_path())
+    except FileNotFoundError as error:
+        raise RuntimeRefused(str(error)) from error
+    try:
+        options.register_custom_ops_library(path)
     except Exception as error:
-        raise RuntimeRefused(f"native library {str(library_path())!r} does not load: {_one_line(error)}") from error
+        raise RuntimeRefused(f"native library {path!r} does not load: {_one_line(error)}") from error
     _registered.add(options)
 
 
