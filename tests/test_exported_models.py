@@ -24,6 +24,9 @@ TOLERANCE = 5e-4
 SAME = 1e-6
 """Native against portable: the integers are equal, the float sums differ by a few units in the last place."""
 
+SAME_ATTENTION = 5e-4
+"""The same where attention is rewritten: the body keeps probabilities in float, the kernels code them."""
+
 ROUNDED = 1e-3
 """A default session further from the oracle than this rounds activations that the source does not."""
 
@@ -130,14 +133,15 @@ def test_compiles(path, name, tmp_path):
     if any(site.reason_code is ReasonCode.ACTIVATION_CODES for site in report.sites):
         check_codes(report.verification)
     else:
-        check_figures(report.verification, float_outputs(path))
+        attends = any(site.kind == "attention" and site.outcome is Outcome.REWRITTEN for site in report.sites)
+        check_figures(report.verification, float_outputs(path), SAME_ATTENTION if attends else SAME)
     msd_compiler.compile(path, again, verify=False)
     assert contents(again.parent) == contents(out.parent)
     msd_compiler.compile(out, copy)
     assert_copy(copy, out)
 
 
-def check_figures(verification, floats):
+def check_figures(verification, floats, same):
     assert verification.passed
     assert verification.method is Method.WHOLE
     assert {row.name for row in verification.outputs} >= floats
@@ -147,7 +151,7 @@ def check_figures(verification, floats):
         where = f"{row.name} ({row.feed})"
         assert row.relative_l2 <= TOLERANCE, where
         assert row.portable_relative_l2 <= TOLERANCE, where
-        assert row.native_to_portable_l2 <= SAME, where
+        assert row.native_to_portable_l2 <= same, where
         assert row.baseline_relative_l2 is not None, where
         if row.baseline_relative_l2 > ROUNDED:
             assert row.baseline_relative_l2 >= 20 * row.relative_l2, where
