@@ -7,10 +7,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <memory>
 
 #include "../kernels/attention/sequence.h"
-#include "isa.h"
 #include "op.h"
 
 namespace msd {
@@ -358,46 +356,24 @@ void compute(const AttentionKernel& self, OrtKernelContext* context) {
   if (problem.queries > 0) attend(api, context, kernel, problem, longest);
 }
 
-std::string attribute(const OrtApi* api, const OrtKernelInfo* info, const std::string& who, const char* name,
-                      const char* needed) {
-  try {
-    return string_attribute(api, info, name);
-  } catch (const RuntimeFailed& absent) {
-    ort::ReleaseStatus::call(api, absent.status);
-    throw Refused{who + ": attribute " + name + " is absent, needed " + needed};
-  }
-}
-
-AttentionKernel* create(const AttentionOp& op, const OrtApi* api, const OrtKernelInfo* info) {
+std::unique_ptr<AttentionKernel> create(const AttentionOp& op, const OrtApi* api, const OrtKernelInfo* info) {
   auto kernel = std::make_unique<AttentionKernel>();
   kernel->api = api;
   kernel->type = op.type;
   kernel->cache = op.cache;
   kernel->who = "msd.Attention (node '" + node_name(api, info) + "')";
-  const std::string layout = attribute(api, info, kernel->who, "layout", "'attention/1'");
-  if (layout != kLayout) {
-    throw Refused{kernel->who + ": the cache has layout '" + layout + "', this library reads '" + kLayout + "'"};
-  }
-  const std::string cache = attribute(api, info, kernel->who, "cache", "'append', 'shared' or 'grow'");
+  check_layout(api, info, kernel->who, "the cache", kLayout);
+  const std::string cache = string_attribute(api, info, kernel->who, "cache", "'append', 'shared' or 'grow'");
   const auto* const found = std::find(std::begin(kCacheKinds), std::end(kCacheKinds), cache);
   if (found == std::end(kCacheKinds)) {
     throw Refused{kernel->who + ": attribute cache is '" + cache + "', needed 'append', 'shared' or 'grow'"};
   }
   kernel->kind = static_cast<CacheKind>(found - std::begin(kCacheKinds));
   kernel->precision = read_precision(api, info, kernel->who, op.type, "query");
-  isa_limit();  // throws now, when the session is made, if MSD_ISA asks for what is not there
-  return kernel.release();
+  return kernel;
 }
 
 const AttentionOp& self(const OrtCustomOp* op) { return *static_cast<const AttentionOp*>(op); }
-
-// States an output's shape if it can be said in full: an unnamed unknown dimension could only be stated as a number.
-void state_shape(const OrtApi* api, const OrtShapeInferContext* context, size_t index, const SymbolicShape& shape) {
-  for (size_t i = 0; i < shape.dims.size(); ++i) {
-    if (shape.dims[i] < 0 && shape.names[i].empty()) return;
-  }
-  set_symbolic_shape(api, context, index, shape);
-}
 
 // Y is like query but for the columns. The cache's tokens are added up only where both are numbers; whether it is
 // appended to is an attribute, which shape inference cannot read here: then present caches stay unstated.
@@ -426,10 +402,8 @@ AttentionOp make_op(const OrtApi* api, Real type, ort::ElementType cache) {
   };
   set_kernel<AttentionOp, AttentionKernel, create, compute>(op);
   op.InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
-    // Some runtimes drop the status unread. A shape is a help, never a need: say nothing and release it here.
     const OrtApi* a = self(o).api;
-    if (OrtStatus* status = guarded(a, [&] { infer_shapes(a, context); })) ort::ReleaseStatus::call(a, status);
-    return static_cast<OrtStatus*>(nullptr);
+    return infer_quietly(a, [&] { infer_shapes(a, context); });
   };
   return op;
 }

@@ -24,19 +24,6 @@ Columns<T> read_columns(const Tensor& tensor, const char* name, int64_t tiles, i
   return {base, shape[1] * kTile, shape[1] == 1 ? 0 : kTile, false};
 }
 
-void infer_shape(const OrtApi* api, const OrtShapeInferContext* context, size_t bias_index, ort::ElementType type) {
-  SymbolicShape shape = read_symbolic_shape(api, context, 0);
-  const SymbolicShape bias = read_symbolic_shape(api, context, bias_index);
-  if (shape.dims.empty() || bias.dims.size() != 1) return;
-  if (type != ort::kUndefined) shape.type = type;
-  shape.dims.back() = bias.dims[0];
-  shape.names.back() = bias.names[0];
-  for (size_t i = 0; i < shape.dims.size(); ++i) {
-    if (shape.dims[i] < 0 && shape.names[i].empty()) return;
-  }
-  set_symbolic_shape(api, context, 0, shape);
-}
-
 }  // namespace
 
 PlanReader::PlanReader(const Tensor& tensor, const char* names) {
@@ -111,18 +98,6 @@ int64_t count_rows(const Tensor& a, const Plan& plan) {
   return rows;
 }
 
-void check_layout(const OrtApi* api, const OrtKernelInfo* info, const std::string& who) {
-  try {
-    const std::string layout = string_attribute(api, info, "layout");
-    if (layout != kLayout) {
-      throw Refused{who + ": the weight has layout '" + layout + "', this library reads '" + kLayout + "'"};
-    }
-  } catch (const RuntimeFailed& absent) {
-    ort::ReleaseStatus::call(api, absent.status);
-    throw Refused{who + ": attribute layout is absent, needed '" + kLayout + "'"};
-  }
-}
-
 void* make_output(const OrtApi* api, OrtKernelContext* context, const Tensor& a, int64_t n, int64_t rows) {
   std::vector<int64_t> shape = a.shape;
   shape.back() = n;
@@ -134,12 +109,14 @@ void* make_output(const OrtApi* api, OrtKernelContext* context, const Tensor& a,
   return y;
 }
 
-OrtStatus* infer_shape_quietly(const OrtApi* api, const OrtShapeInferContext* context, size_t bias,
-                               ort::ElementType type) {
-  if (OrtStatus* status = guarded(api, [&] { infer_shape(api, context, bias, type); })) {
-    ort::ReleaseStatus::call(api, status);
-  }
-  return nullptr;
+void infer_shape(const OrtApi* api, const OrtShapeInferContext* context, size_t bias_index, ort::ElementType type) {
+  SymbolicShape shape = read_symbolic_shape(api, context, 0);
+  const SymbolicShape bias = read_symbolic_shape(api, context, bias_index);
+  if (shape.dims.empty() || bias.dims.size() != 1) return;
+  if (type != ort::kUndefined) shape.type = type;
+  shape.dims.back() = bias.dims[0];
+  shape.names.back() = bias.names[0];
+  state_shape(api, context, 0, shape);
 }
 
 PanelLayout::PanelLayout(const Plan& plan, int64_t rows) {

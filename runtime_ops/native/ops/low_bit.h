@@ -2,10 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
 #include "../kernels/matmul/kernel.h"
-#include "isa.h"
 #include "op.h"
 
 namespace msd::matmul {
@@ -40,16 +38,11 @@ Weight read_weight(const WeightTensors& tensors, const Plan& plan);
 // Rows of A, all its dimensions but the last, which must be the plan's k.
 int64_t count_rows(const Tensor& a, const Plan& plan);
 
-// Throws Refused unless the node's attribute `layout` is the one that kernels read.
-void check_layout(const OrtApi* api, const OrtKernelInfo* info, const std::string& who);
-
 // Makes output 0, [..., N] like A; null if there is nothing to compute.
 void* make_output(const OrtApi* api, OrtKernelContext* context, const Tensor& a, int64_t n, int64_t rows);
 
-// States the output's shape, where it can be said in full: an unnamed unknown dimension could only be stated as a number.
-// Its type is `type`, or A's for kUndefined. Some runtimes drop the status unread; a shape is a help, never a need, so a failure is released here and none returned.
-OrtStatus* infer_shape_quietly(const OrtApi* api, const OrtShapeInferContext* context, size_t bias,
-                               ort::ElementType type);
+// States the output's shape: A's with N, the length of input `bias`, for K. Its type is `type`, or A's for kUndefined.
+void infer_shape(const OrtApi* api, const OrtShapeInferContext* context, size_t bias, ort::ElementType type);
 
 // Scratch of a panel and where its parts lie.
 struct PanelLayout {

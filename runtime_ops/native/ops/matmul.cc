@@ -71,15 +71,14 @@ void compute(const MatMulKernel& self, OrtKernelContext* context) {
                         });
 }
 
-MatMulKernel* create(const MatMulOp& op, const OrtApi* api, const OrtKernelInfo* info) {
+std::unique_ptr<MatMulKernel> create(const MatMulOp& op, const OrtApi* api, const OrtKernelInfo* info) {
   auto kernel = std::make_unique<MatMulKernel>();
   kernel->api = api;
   kernel->type = op.type;
   kernel->who = "msd.MatMul (node '" + node_name(api, info) + "')";
-  matmul::check_layout(api, info, kernel->who);
+  check_layout(api, info, kernel->who, "the weight", matmul::kLayout);
   kernel->precision = read_precision(api, info, kernel->who, op.type, "A");
-  isa_limit();  // throws now, when the session is made, if MSD_ISA asks for what is not there
-  return kernel.release();
+  return kernel;
 }
 
 const MatMulOp& self(const OrtCustomOp* op) { return *static_cast<const MatMulOp*>(op); }
@@ -96,7 +95,8 @@ MatMulOp make_op(const OrtApi* api, Real type) {
   set_kernel<MatMulOp, MatMulKernel, create, compute>(op);
   op.InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
     // A's type as inferred: the runtime may be about to widen a float16 node.
-    return matmul::infer_shape_quietly(self(o).api, context, kBias, ort::kUndefined);
+    const OrtApi* a = self(o).api;
+    return infer_quietly(a, [&] { matmul::infer_shape(a, context, kBias, ort::kUndefined); });
   };
   return op;
 }

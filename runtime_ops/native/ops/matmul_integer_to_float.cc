@@ -144,14 +144,13 @@ void compute(const CodesKernel& self, OrtKernelContext* context) {
                         });
 }
 
-CodesKernel* create(const CodesOp& op, const OrtApi* api, const OrtKernelInfo* info) {
+std::unique_ptr<CodesKernel> create(const CodesOp& op, const OrtApi* api, const OrtKernelInfo* info) {
   auto kernel = std::make_unique<CodesKernel>();
   kernel->api = api;
   kernel->type = op.type;
   kernel->who = "msd.MatMulIntegerToFloat (node '" + node_name(api, info) + "')";
-  matmul::check_layout(api, info, kernel->who);
-  isa_limit();  // throws now, when the session is made, if MSD_ISA asks for what is not there
-  return kernel.release();
+  check_layout(api, info, kernel->who, "the weight", matmul::kLayout);
+  return kernel;
 }
 
 const CodesOp& self(const OrtCustomOp* op) { return *static_cast<const CodesOp*>(op); }
@@ -167,7 +166,8 @@ CodesOp make_op(const OrtApi* api, CodeType type) {
   op.GetOutputType = [](const OrtCustomOp*, size_t) { return ort::kFloat; };
   set_kernel<CodesOp, CodesKernel, create, compute>(op);
   op.InferOutputShapeFn = [](const OrtCustomOp* o, OrtShapeInferContext* context) {
-    return matmul::infer_shape_quietly(self(o).api, context, kBias, ort::kFloat);
+    const OrtApi* a = self(o).api;
+    return infer_quietly(a, [&] { matmul::infer_shape(a, context, kBias, ort::kFloat); });
   };
   return op;
 }

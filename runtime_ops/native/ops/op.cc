@@ -1,7 +1,5 @@
 #include "op.h"
 
-#include <memory>
-
 namespace msd {
 namespace {
 
@@ -78,8 +76,10 @@ SymbolicShape read_symbolic_shape(const OrtApi* api, const OrtShapeInferContext*
   return shape;
 }
 
-void set_symbolic_shape(const OrtApi* api, const OrtShapeInferContext* context, size_t index,
-                        const SymbolicShape& shape) {
+void state_shape(const OrtApi* api, const OrtShapeInferContext* context, size_t index, const SymbolicShape& shape) {
+  for (size_t i = 0; i < shape.dims.size(); ++i) {
+    if (shape.dims[i] < 0 && shape.names[i].empty()) return;
+  }
   TypeAndShape info(api);
   check(ort::CreateTensorTypeAndShapeInfo::call(api, info.out()));
   check(ort::SetTensorElementType::call(api, info.get(), shape.type));  // overrides what the runtime inferred
@@ -90,13 +90,25 @@ void set_symbolic_shape(const OrtApi* api, const OrtShapeInferContext* context, 
   check(ort::ShapeInferContextSetOutputTypeShape::call(api, context, index, info.get()));
 }
 
-std::string string_attribute(const OrtApi* api, const OrtKernelInfo* info, const char* name) {
+std::string string_attribute(const OrtApi* api, const OrtKernelInfo* info, const std::string& who, const char* name,
+                             const std::string& needed) {
   size_t size = 0;
-  check(ort::KernelInfoGetAttributeString::call(api, info, name, nullptr, &size));
+  if (OrtStatus* absent = ort::KernelInfoGetAttributeString::call(api, info, name, nullptr, &size)) {
+    ort::ReleaseStatus::call(api, absent);
+    throw Refused{who + ": attribute " + name + " is absent, needed " + needed};
+  }
   std::string value(size, '\0');
   if (size > 0) check(ort::KernelInfoGetAttributeString::call(api, info, name, value.data(), &size));
   value.resize(value.find('\0') == std::string::npos ? value.size() : value.find('\0'));
   return value;
+}
+
+void check_layout(const OrtApi* api, const OrtKernelInfo* info, const std::string& who, const char* holder,
+                  const std::string& layout) {
+  const std::string found = string_attribute(api, info, who, "layout", "'" + layout + "'");
+  if (found != layout) {
+    throw Refused{who + ": " + holder + " has layout '" + found + "', this library reads '" + layout + "'"};
+  }
 }
 
 std::string node_name(const OrtApi* api, const OrtKernelInfo* info) {

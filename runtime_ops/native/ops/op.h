@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <new>
 #include <string>
 #include <utility>
@@ -10,6 +11,7 @@
 
 #include "../kernels/real.h"
 #include "../ort_abi.h"
+#include "isa.h"
 
 namespace msd {
 
@@ -71,11 +73,18 @@ struct SymbolicShape {
   std::vector<std::string> names;  // of the symbol, empty for a number and for a dimension nothing is known of
 };
 SymbolicShape read_symbolic_shape(const OrtApi* api, const OrtShapeInferContext* context, size_t index);
-void set_symbolic_shape(const OrtApi* api, const OrtShapeInferContext* context, size_t index,
-                        const SymbolicShape& shape);
 
-// Attribute of a node being created; throws RuntimeFailed if it is absent.
-std::string string_attribute(const OrtApi* api, const OrtKernelInfo* info, const char* name);
+// States an output's shape if it can be said in full: an unnamed unknown dimension could only be stated as a number.
+void state_shape(const OrtApi* api, const OrtShapeInferContext* context, size_t index, const SymbolicShape& shape);
+
+// Attribute of a node being created; throws Refused, with `needed`, if it is absent.
+std::string string_attribute(const OrtApi* api, const OrtKernelInfo* info, const std::string& who, const char* name,
+                             const std::string& needed);
+
+// Throws Refused unless the node's attribute `layout`, of what `holder` is ("the weight"), is the one that kernels read.
+void check_layout(const OrtApi* api, const OrtKernelInfo* info, const std::string& who, const char* holder,
+                  const std::string& layout);
+
 std::string node_name(const OrtApi* api, const OrtKernelInfo* info);
 
 // The node's attribute output_dtype, type of its first output and of the input called `input`. Throws Refused if it is
@@ -115,13 +124,25 @@ OrtStatus* computed(const OrtApi* api, const std::string& who, const Work& work)
   });
 }
 
-// Fills in how an op's kernels are made, run and destroyed. `kCreate(const Op&, api, info)` returns a new Kernel, which has
-// members `api` and `who`; `kCompute(kernel, context)` runs it. Both may throw.
+// Infers shapes by `work`, for an op's InferOutputShapeFn. Some runtimes drop the status unread; a shape is a help, never
+// a need, so a failure is released here and none returned.
+template <typename Work>
+OrtStatus* infer_quietly(const OrtApi* api, const Work& work) noexcept {
+  if (OrtStatus* status = guarded(api, work)) ort::ReleaseStatus::call(api, status);
+  return nullptr;
+}
+
+// Fills in how an op's kernels are made, run and destroyed. `kCreate(const Op&, api, info)` returns a unique_ptr to a
+// Kernel, which has members `api` and `who`; `kCompute(kernel, context)` runs it. Both may throw.
 template <typename Op, typename Kernel, auto kCreate, auto kCompute>
 void set_kernel(OrtCustomOp& op) {
   op.CreateKernelV2 = [](const OrtCustomOp* o, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
     *kernel = nullptr;
-    return guarded(api, [&] { *kernel = kCreate(*static_cast<const Op*>(o), api, info); });
+    return guarded(api, [&] {
+      std::unique_ptr<Kernel> made = kCreate(*static_cast<const Op*>(o), api, info);
+      isa_limit();  // throws now, when the session is made, if MSD_ISA asks for what is not there
+      *kernel = made.release();
+    });
   };
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     const auto& k = *static_cast<const Kernel*>(kernel);

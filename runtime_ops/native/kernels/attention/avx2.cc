@@ -7,24 +7,10 @@
 
 #include <immintrin.h>
 
+#include "../avx2.h"
 #include "exp.h"
 #include "kernel.h"
-
-// See ../matmul/avx2.cc: inner loops are functions of their own, unrolled, with sums written out for GCC's sake.
-#if defined(__GNUC__)
-#define MSD_INNER __attribute__((noinline))
-#define MSD_ADD_TO(sum, x) __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x))
-#else
-#define MSD_INNER __declspec(noinline)
-#define MSD_ADD_TO(sum, x) (sum) = _mm256_add_epi32(sum, x)
-#endif
-#if defined(__clang__)
-#define MSD_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define MSD_UNROLL _Pragma("GCC unroll 16")
-#else
-#define MSD_UNROLL
-#endif
+#include "transpose.h"
 
 namespace msd::attention {
 namespace {
@@ -34,25 +20,15 @@ constexpr int kBlock = 64;           // tokens whose values stay in the first ca
 
 // ---- Codes of queries and of new tokens ----------------------------------------------------------------------------
 
-template <Real kType>
-__m256 load_8(const void* base, int64_t index) {
-  if constexpr (kType == Real::kFloat) {
-    return _mm256_loadu_ps(static_cast<const float*>(base) + index);
-  } else {
-    const auto* raw = static_cast<const uint16_t*>(base) + index;
-    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(raw));
-    if constexpr (kType == Real::kHalf) return _mm256_cvtph_ps(eight);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
-  }
+inline __m256i lanes_below(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
 // Eight values from `i` on, 0 beyond the last.
 template <Real kType>
 __m256 values_at(const Vector& v, int64_t i) {
   if (i + 8 <= v.count) return load_8<kType>(v.x, i);
-  float values[8] = {};
-  for (int64_t j = i; j < v.count; ++j) values[j - i] = load_real(v.x, j, kType);
-  return _mm256_loadu_ps(values);
+  return load_tail<kType>(v.x, i, v.count - i);
 }
 
 // Their scales, 1 beyond the last.
@@ -71,16 +47,7 @@ __m256 scaled_at(const Vector& v, int64_t i) {
   // A product with the padding's 0 must stay 0 also where the one scale is Inf or NaN.
   const __m256 product = _mm256_mul_ps(x, scales_at(v, i));
   if (i + 8 <= v.count) return product;
-  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i is_real = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(v.count - i)), lanes);
-  return _mm256_and_ps(product, _mm256_castsi256_ps(is_real));
-}
-
-uint32_t largest_lane(__m256i x) {
-  __m128i most = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, _MM_SHUFFLE(1, 0, 3, 2)));
-  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, _MM_SHUFFLE(2, 3, 0, 1)));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(most));
+  return _mm256_and_ps(product, _mm256_castsi256_ps(lanes_below(static_cast<int>(v.count - i))));
 }
 
 template <Real kType>
@@ -210,9 +177,7 @@ MSD_INNER void multiply_pairs(const int16_t* packed, int64_t pairs, const int16_
   for (const __m256i* end = at + 2 * pairs; at != end; at += 2, codes += 2) {
     const __m256i w[2] = {_mm256_load_si256(at), _mm256_load_si256(at + 1)};
     MSD_UNROLL for (int r = 0; r < kRows; ++r) {
-      int32_t pair;
-      memcpy(&pair, codes + r * stride, sizeof pair);
-      const __m256i q = _mm256_set1_epi32(pair);
+      const __m256i q = broadcast_pair(codes + r * stride);
       MSD_ADD_TO(acc[r][0], _mm256_madd_epi16(w[0], q));
       MSD_ADD_TO(acc[r][1], _mm256_madd_epi16(w[1], q));
     }
@@ -238,30 +203,11 @@ void pack_keys(const Tokens& keys, int t, __m256i* to) {
   const int8_t* key[16];
   for (int i = 0; i < 16; ++i) key[i] = keys.codes + (t + i < keys.end ? t + i : keys.end - 1) * keys.stride;
   for (int64_t c = 0; c < keys.columns; c += 16, to += 16) {
-    // A transposition of 8 tokens by 8 pairs in each half: tokens 0..7 and 8..15.
-    __m256i a[8], b[8];
+    __m256i pairs[8];
+    transpose_pairs(key, c, pairs);
     for (int i = 0; i < 8; ++i) {
-      const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(key[i] + c));
-      a[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(low),
-                                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(key[i + 8] + c)), 1);
-    }
-    for (int i = 0; i < 4; ++i) {
-      b[2 * i] = _mm256_unpacklo_epi16(a[2 * i], a[2 * i + 1]);
-      b[2 * i + 1] = _mm256_unpackhi_epi16(a[2 * i], a[2 * i + 1]);
-    }
-    for (int i = 0; i < 2; ++i) {
-      for (int j = 0; j < 2; ++j) {
-        a[4 * i + 2 * j] = _mm256_unpacklo_epi32(b[4 * i + j], b[4 * i + 2 + j]);
-        a[4 * i + 2 * j + 1] = _mm256_unpackhi_epi32(b[4 * i + j], b[4 * i + 2 + j]);
-      }
-    }
-    for (int i = 0; i < 4; ++i) {
-      b[2 * i] = _mm256_unpacklo_epi64(a[i], a[i + 4]);
-      b[2 * i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 4]);
-    }
-    for (int pair = 0; pair < 8; ++pair) {
-      _mm256_store_si256(to + 2 * pair, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(b[pair])));
-      _mm256_store_si256(to + 2 * pair + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(b[pair], 1)));
+      _mm256_store_si256(to + 2 * i, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(pairs[i])));
+      _mm256_store_si256(to + 2 * i + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(pairs[i], 1)));
     }
   }
 }
@@ -291,10 +237,6 @@ inline __m256 soft_cap_8(__m256 s, __m256 cap, __m256 inverse) {
   const __m256 e = exp_8(_mm256_mul_ps(_mm256_set1_ps(-2), _mm256_andnot_ps(sign, x)));
   const __m256 t = _mm256_mul_ps(cap, _mm256_div_ps(_mm256_sub_ps(one, e), _mm256_add_ps(one, e)));
   return _mm256_or_ps(t, _mm256_and_ps(sign, x));
-}
-
-inline __m256i lanes_below(int count) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
 // Eight of an array that ends before `end`.
@@ -371,10 +313,7 @@ Share soften_row(const Softmax& s, int32_t* products, int16_t* weights) {
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(codes[0], codes[1]), _MM_SHUFFLE(3, 1, 2, 0));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + t), packed);
   }
-  __m128i total = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-  total = _mm_add_epi32(total, _mm_shuffle_epi32(total, _MM_SHUFFLE(1, 0, 3, 2)));
-  total = _mm_add_epi32(total, _mm_shuffle_epi32(total, _MM_SHUFFLE(2, 3, 0, 1)));
-  share.sum = static_cast<float>(_mm_cvtsi128_si32(total));
+  share.sum = static_cast<float>(sum_of_lanes(sum));
   return share;
 }
 
@@ -409,9 +348,7 @@ MSD_INNER void mix_columns(const int16_t* weights, const Tokens& values, int beg
       __m256i v[2];
       widen_pair(at + 16 * part, next + 16 * part, v);
       MSD_UNROLL for (int r = 0; r < kRows; ++r) {
-        int32_t pair;
-        memcpy(&pair, weights + r * kTile + t, sizeof pair);
-        const __m256i w = _mm256_set1_epi32(pair);
+        const __m256i w = broadcast_pair(weights + r * kTile + t);
         MSD_ADD_TO(acc[r][2 * part], _mm256_madd_epi16(v[0], w));
         MSD_ADD_TO(acc[r][2 * part + 1], _mm256_madd_epi16(v[1], w));
       }

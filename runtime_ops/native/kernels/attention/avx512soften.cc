@@ -2,16 +2,9 @@
 
 #include <immintrin.h>
 
+#include "../inner.h"
 #include "exp.h"
 #include "kernel.h"
-
-#if defined(__clang__)
-#define MSD_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define MSD_UNROLL _Pragma("GCC unroll 16")
-#else
-#define MSD_UNROLL
-#endif
 
 namespace msd::attention {
 namespace {

@@ -8,35 +8,15 @@
 
 #include <immintrin.h>
 
+#include "../avx512vnni.h"
 #include "kernel.h"
-
-// See ../matmul/avx512vnni.cc.
-#if defined(__GNUC__)
-#define MSD_ADD_PRODUCTS_TO(sum, w, q) __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(q))
-#define MSD_INNER __attribute__((noinline))
-#else
-#define MSD_ADD_PRODUCTS_TO(sum, w, q) (sum) = _mm512_dpwssd_epi32(sum, w, q)
-#define MSD_INNER __declspec(noinline)
-#endif
-#if defined(__clang__)
-#define MSD_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define MSD_UNROLL _Pragma("GCC unroll 16")
-#else
-#define MSD_UNROLL
-#endif
+#include "transpose.h"
 
 namespace msd::attention {
 namespace {
 
 constexpr int64_t kFewRowsHere = 8;  // up to here widening for every four rows costs less than a buffer
 constexpr int kBlock = 64;           // tokens whose values stay in the first cache while all columns are summed
-
-inline __m512i broadcast_pair(const int16_t* codes) {
-  int32_t pair;
-  memcpy(&pair, codes, sizeof pair);
-  return _mm512_set1_epi32(pair);
-}
 
 inline __m128i load_16(const int8_t* codes) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)); }
 inline __m256i load_32(const int8_t* codes) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)); }
@@ -92,24 +72,9 @@ void pack_keys(const Tokens& keys, int t, __m512i* to) {
   const int8_t* key[16];
   for (int i = 0; i < 16; ++i) key[i] = keys.codes + (t + i < keys.end ? t + i : keys.end - 1) * keys.stride;
   for (int64_t c = 0; c < keys.columns; c += 16, to += 8) {
-    // A transposition of 8 tokens by 8 pairs in each half: tokens 0..7 and 8..15.
-    __m256i a[8], b[8];
-    for (int i = 0; i < 8; ++i) a[i] = _mm256_set_m128i(load_16(key[i + 8] + c), load_16(key[i] + c));
-    for (int i = 0; i < 4; ++i) {
-      b[2 * i] = _mm256_unpacklo_epi16(a[2 * i], a[2 * i + 1]);
-      b[2 * i + 1] = _mm256_unpackhi_epi16(a[2 * i], a[2 * i + 1]);
-    }
-    for (int i = 0; i < 2; ++i) {
-      for (int j = 0; j < 2; ++j) {
-        a[4 * i + 2 * j] = _mm256_unpacklo_epi32(b[4 * i + j], b[4 * i + 2 + j]);
-        a[4 * i + 2 * j + 1] = _mm256_unpackhi_epi32(b[4 * i + j], b[4 * i + 2 + j]);
-      }
-    }
-    for (int i = 0; i < 4; ++i) {
-      b[2 * i] = _mm256_unpacklo_epi64(a[i], a[i + 4]);
-      b[2 * i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 4]);
-    }
-    for (int pair = 0; pair < 8; ++pair) _mm512_store_si512(to + pair, _mm512_cvtepi8_epi16(b[pair]));
+    __m256i pairs[8];
+    transpose_pairs(key, c, pairs);
+    for (int i = 0; i < 8; ++i) _mm512_store_si512(to + i, _mm512_cvtepi8_epi16(pairs[i]));
   }
 }
 

@@ -8,8 +8,8 @@
 //
 // Columns of a tile's codes are padded with zeros to a multiple of 16, so that kernels have no tails along them.
 //
-// Files here that are compiled for one instruction set include nothing but these headers and intrinsics (see
-// ../matmul/kernel.h).
+// Files here that are compiled for one instruction set include nothing but intrinsics and headers whose functions are
+// local to a file (see ../matmul/kernel.h).
 #pragma once
 
 #include <stdint.h>

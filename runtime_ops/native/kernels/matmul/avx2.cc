@@ -8,6 +8,7 @@
 
 #include <immintrin.h>
 
+#include "../avx2.h"
 #include "kernel.h"
 
 #define MSD_ADD_PRODUCTS_TO(sum, w, q) MSD_ADD_TO(sum, _mm256_madd_epi16(w, q))
@@ -17,26 +18,6 @@ namespace msd::matmul {
 namespace {
 
 // ---- Decomposition -------------------------------------------------------------------------------------------------
-
-template <Real kType>
-__m256 load_8(const void* base, int64_t index) {
-  if constexpr (kType == Real::kFloat) {
-    return _mm256_loadu_ps(static_cast<const float*>(base) + index);
-  } else {
-    const auto* raw = static_cast<const uint16_t*>(base) + index;
-    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(raw));
-    if constexpr (kType == Real::kHalf) return _mm256_cvtph_ps(eight);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
-  }
-}
-
-// `count` < 8 values, the rest 0.
-template <Real kType>
-__m256 load_tail(const void* base, int64_t index, int64_t count) {
-  float values[8] = {};
-  for (int64_t i = 0; i < count; ++i) values[i] = load_real(base, index + i, kType);
-  return _mm256_loadu_ps(values);
-}
 
 // Largest |x| as float bits, which order like the magnitudes with Inf and NaN on top.
 template <Real kType>
@@ -51,17 +32,7 @@ uint32_t peak_bits(const void* a, int64_t begin, int64_t count) {
     const __m256 tail = load_tail<kType>(a, begin + i, count - i);
     peak = _mm256_max_epi32(peak, _mm256_and_si256(_mm256_castps_si256(tail), magnitude));
   }
-  __m128i most = _mm_max_epi32(_mm256_castsi256_si128(peak), _mm256_extracti128_si256(peak, 1));
-  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, _MM_SHUFFLE(1, 0, 3, 2)));
-  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, _MM_SHUFFLE(2, 3, 0, 1)));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(most));
-}
-
-int32_t sum_of_lanes(__m256i x) {
-  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, _MM_SHUFFLE(1, 0, 3, 2)));
-  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, _MM_SHUFFLE(2, 3, 0, 1)));
-  return _mm_cvtsi128_si32(sum);
+  return largest_lane(peak);
 }
 
 // Two quads of codes, each in the order 0, 2, 1, 3.

@@ -6,26 +6,8 @@
 
 #include <immintrin.h>
 
+#include "../avx512vnni.h"
 #include "kernel.h"
-
-// Loops over rows and tiles are unrolled, so that arrays of vectors are registers; and sums written out as an
-// instruction, for GCC otherwise rotates them through copies.
-#if defined(__GNUC__)
-#define MSD_ADD_PRODUCTS_TO(sum, w, q) __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(q))
-#define MSD_INNER __attribute__((noinline))
-#define MSD_INLINE inline __attribute__((always_inline))
-#else
-#define MSD_ADD_PRODUCTS_TO(sum, w, q) (sum) = _mm512_dpwssd_epi32(sum, w, q)
-#define MSD_INNER __declspec(noinline)
-#define MSD_INLINE __forceinline
-#endif
-#if defined(__clang__)
-#define MSD_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define MSD_UNROLL _Pragma("GCC unroll 16")
-#else
-#define MSD_UNROLL
-#endif
 
 namespace msd::matmul {
 namespace {
@@ -42,12 +24,6 @@ MSD_INLINE __m512i widened_pair(__m512i line, int pair) {
   if (shift != 0) line = _mm512_srli_epi16(line, shift);
   if (shift + kBits != 16) line = _mm512_and_si512(line, _mm512_set1_epi16((1 << kBits) - 1));
   return line;
-}
-
-MSD_INLINE __m512i broadcast_pair(const int16_t* codes) {
-  int32_t pair;
-  memcpy(&pair, codes, sizeof pair);
-  return _mm512_set1_epi32(pair);
 }
 
 // Sums of w * Q over a group, w as stored, of kRows rows and kTiles tiles, whose lines lie `tile_step` apart.

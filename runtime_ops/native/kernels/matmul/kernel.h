@@ -12,8 +12,9 @@
 // has the same bits at every batch size, thread count and variant: no FMA, no splitting of K, no reordered sum.
 // With 3 terms "float" is double, for the codes need 24 bits.
 //
-// Files here that are compiled for one instruction set include nothing but this header and intrinsics: an inline
-// function of external linkage would be compiled for it too, and the linker may keep that copy for everybody.
+// Files here that are compiled for one instruction set include nothing but intrinsics and headers whose functions are
+// local to a file: an inline function of external linkage would be compiled for it too, and the linker may keep that
+// copy for everybody.
 #pragma once
 
 #include <stdint.h>

@@ -11,25 +11,8 @@
 
 #include <type_traits>
 
+#include "../avx2.h"
 #include "kernel.h"
-
-// The inner loops: not inlined, so that the accumulators have the registers to themselves; short loops unrolled, so
-// that arrays of vectors are registers; and sums written out as an instruction, for GCC otherwise rotates the
-// accumulators through copies and spills one, which costs a third of the rate.
-#if defined(__GNUC__)
-#define MSD_INNER __attribute__((noinline))
-#define MSD_ADD_TO(sum, x) __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x))
-#else
-#define MSD_INNER __declspec(noinline)
-#define MSD_ADD_TO(sum, x) (sum) = _mm256_add_epi32(sum, x)
-#endif
-#if defined(__clang__)
-#define MSD_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define MSD_UNROLL _Pragma("GCC unroll 16")
-#else
-#define MSD_UNROLL
-#endif
 
 namespace msd::matmul {
 namespace {
@@ -52,12 +35,6 @@ inline void widen_pair(const __m256i (&line)[2], int pair, __m256i (&w)[2]) {
 inline void load_line(const uint8_t* line, __m256i (&bytes)[2]) {
   bytes[0] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line));
   bytes[1] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + 1);
-}
-
-inline __m256i broadcast_pair(const int16_t* codes) {
-  int32_t pair;
-  memcpy(&pair, codes, sizeof pair);
-  return _mm256_set1_epi32(pair);
 }
 
 // Sums of w * Q over a group, w as stored, of kRows rows: to[2 * r + half].

@@ -1,0 +1,30 @@
+// What kernels for AVX-512 with VNNI share. Everything is in an unnamed namespace: each file has its own, for its own
+// instruction set.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "inner.h"
+
+// Adds 32 products, two to a lane, to 16 sums; written out as an instruction, for GCC otherwise rotates accumulators
+// through copies.
+#if defined(__GNUC__)
+#define MSD_ADD_PRODUCTS_TO(sum, w, q) __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(q))
+#else
+#define MSD_ADD_PRODUCTS_TO(sum, w, q) (sum) = _mm512_dpwssd_epi32(sum, w, q)
+#endif
+
+namespace msd {
+namespace {
+
+// Two neighbouring codes, in every lane.
+MSD_INLINE __m512i broadcast_pair(const int16_t* codes) {
+  int32_t pair;
+  memcpy(&pair, codes, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+
+}  // namespace
+}  // namespace msd
