@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from .linked import Scope
+from .runtime_ops.attention.layout import LONGEST_HEAD
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,9 @@ def handing_on(site: AttentionSite) -> list[gs.Node]:
 
 def not_lowered(site: AttentionSite) -> str | None:
     """Why ``msd.Attention`` cannot stand for a site whose cache is, or becomes, codes; None if it can."""
+    longest = max(site.head_size, site.value_head_size)
+    if longest > LONGEST_HEAD:
+        return f"its heads have {longest} columns, and msd.Attention takes {LONGEST_HEAD} at most"
     if site.valid is not None or any(cache.at is not None for cache in caches(site)):
         return "its cache is written into at a place that is an input: only caches that are appended to are followed"
     if any(node.op != "Identity" for node in handing_on(site)):

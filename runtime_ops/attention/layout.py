@@ -23,7 +23,6 @@ TILE = 256
 LONGEST_HEAD = 512
 """Columns of a key: 512 products of a 16-bit code (at most 32258) and a key's (at most 128) fit int32."""
 
-
 APPEND, SHARED, GROW = 0, 1, 2
 CACHES = ("append", "shared", "grow")
 """What becomes of the past: new tokens go behind all of it; behind its valid tokens, where there must be room; behind its

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
+from support import model
 
 import msd_compiler
 from msd_compiler import Decoder, Feed, KvCache, cli
@@ -108,6 +109,19 @@ def test_a_cache_that_others_read_stays():
     assert rows[0].reason_code is ReasonCode.ATTENTION_FORM
     assert past in rows[0].reason
     assert "nosy" in rows[0].reason
+
+
+@pytest.mark.parametrize(("columns", "reason"), [(512, ReasonCode.CACHE_ROUNDED), (516, ReasonCode.FLOAT_CACHE)])
+def test_heads_longer_than_the_kernels_take_stay(columns, reason):
+    new, past, present = (
+        ", ".join(f"float[N,2,{tokens},{columns}] {name}" for name in names)
+        for tokens, names in (("S", ("q", "k", "v")), ("P", ("past_k", "past_v")), ("T", ("K", "V")))
+    )
+    step = "y, K, V = Attention (q, k, v, , past_k, past_v)"
+    proto = model(f"({new}, {past}) => (float[N,2,S,{columns}] y, {present}) {{ {step} }}", opset=24)
+    (row,) = msd_compiler.inspect(proto, kv_cache=KvCache(8)).sites
+    assert row.reason_code is reason
+    assert columns == 512 or "516 columns, and msd.Attention takes 512 at most" in row.reason
 
 
 def test_samples_that_the_model_refuses():
