@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .aside import Aside
 from .errors import ModelError, OutputError
 from .report import Method, Report, SiteRow, Verification, summarize
 from .runtime import library_path
@@ -106,13 +106,12 @@ class FolderOutput:
         self._source = source
         _check_place(path, source.path)
         self._place = path.resolve()
-        hidden = f".{self._place.name}.{secrets.token_hex(4)}"
-        self._aside = self._place.with_name(f"{hidden}.partial")
-        self._old = self._place.with_name(f"{hidden}.old")
         try:
-            self._aside.mkdir()
+            self._aside = Aside(self._place.parent, self._place.name)
         except OSError as error:
             raise OutputError(f"output folder {str(path)!r} cannot be made: {error.strerror}") from error
+        self._old = self._aside.path.with_suffix(".old")
+        self._new = self._aside.path / "new"  # within, for the folder aside is nobody else's to read
 
     def model(self, name: str) -> Path:
         """Where a compiled model goes until `commit`."""
@@ -127,13 +126,13 @@ class FolderOutput:
             self._write_rest(with_library)
             if self._place.exists():
                 self._place.rename(self._old)
-            self._aside.rename(self._place)
+            self._new.rename(self._place)
             sync_folder(self._place.parent)
         except OSError as error:
             raise self._refused(error) from error
 
     def _place_for(self, name: str) -> Path:
-        place = self._aside / name
+        place = self._new / name
         place.parent.mkdir(parents=True, exist_ok=True)
         return place
 
@@ -146,12 +145,12 @@ class FolderOutput:
         text = self._source.text
         if with_library:
             library = _library()
-            _copy(library, self._aside / library.name)
+            _copy(library, self._place_for(library.name))
             text = self._source.config_with_library(library.name)
-        with (self._aside / CONFIG).open("wb") as file:
+        with self._place_for(CONFIG).open("wb") as file:
             file.write(text.encode())
             sync(file)
-        sync_folder(self._aside)
+        sync_folder(self._new)
 
     def __enter__(self) -> FolderOutput:
         return self
@@ -161,7 +160,7 @@ class FolderOutput:
     ) -> None:
         if self._old.exists() and not self._place.exists():
             self._old.rename(self._place)
-        shutil.rmtree(self._aside, ignore_errors=True)
+        self._aside.remove()
         shutil.rmtree(self._old, ignore_errors=True)
 
 

@@ -11,8 +11,6 @@ import hashlib
 import os
 import re
 import shutil
-import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -24,11 +22,9 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
+from .aside import Aside
 from .errors import OutputError
 from .source import Source, is_external, nbytes, release, stored_tensors
-
-if sys.platform != "win32":
-    import fcntl
 
 EMBED_UP_TO = 16 * 2**20
 """Bytes of weights that stay inside the model file."""
@@ -123,8 +119,6 @@ class WeightStore:
 class Output:
     """The place of a result. Leaving the block without `commit` leaves nothing behind.
 
-    What a process that was killed left behind, a folder ``.NAME.*.partial``, goes when the next result of that name is made.
-
     Raises:
         OutputError: the folder is missing or not writable, or the path is a folder.
     """
@@ -139,14 +133,14 @@ class Output:
             raise OutputError(f"output {str(path)!r} is a folder; name a file")
         self._stem = path.name.removesuffix(".onnx")
         try:
-            _clear_leftovers(folder, self._stem)
-            self._folder, self._lock = _make_aside(folder, self._stem)
+            self._aside = Aside(folder, self._stem)
         except OSError as error:
             raise OutputError(f"output folder {str(folder)!r} cannot be written to: {error.strerror}") from error
+        self._folder = self._aside.path
         try:
             self.store = WeightStore(self._folder / "weights" if external else None)
         except OSError as error:
-            self._remove_aside()
+            self._aside.remove()
             raise OutputError(f"output {str(path)!r} cannot be written: {error.strerror}") from error
         self._data: Path | None = None
         self._model = self._folder / path.name
@@ -215,12 +209,7 @@ class Output:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.store.abandon()
-        self._remove_aside()
-
-    def _remove_aside(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
+        self._aside.remove()
 
 
 def weight_bytes(proto: onnx.ModelProto) -> int:
@@ -238,43 +227,6 @@ def _locate(tensor: TensorProto, location: str, offset: int, length: int) -> Non
 
 def _location(tensor: TensorProto) -> str:
     return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-
-
-def _make_aside(folder: Path, stem: str) -> tuple[Path, int | None]:
-    """A new folder for what is not finished, and the lock that says somebody is at work there."""
-    while True:
-        made = Path(tempfile.mkdtemp(prefix=f".{stem}.", suffix=".partial", dir=folder))
-        lock = _lock(made, wait=True)
-        if made.is_dir():
-            return made, lock
-        if lock is not None:  # taken for a leftover in the instant before the lock
-            os.close(lock)
-
-
-def _clear_leftovers(folder: Path, stem: str) -> None:
-    """Remove what processes that are no more left of results of this name; a lock does not outlive its process."""
-    ours = re.compile(re.escape(f".{stem}.") + r"[a-z0-9_]{8}\.partial")
-    for left in [p for p in folder.iterdir() if ours.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]:
-        lock = _lock(left, wait=False)
-        if lock is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(lock)
-
-
-def _lock(folder: Path, *, wait: bool) -> int | None:
-    """A handle that keeps others from locking the folder; None if they do already, or it cannot be locked."""
-    if sys.platform == "win32":
-        return None
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
 
 
 def sync(file: IO[bytes]) -> None:

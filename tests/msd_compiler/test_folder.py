@@ -16,7 +16,7 @@ from support import model, nbits_weight
 
 import msd_compiler
 from msd_compiler import OutputError, VerificationFailed, api, cli
-from msd_compiler.genai import merged_report
+from msd_compiler.genai import FolderOutput, GenaiFolder, merged_report
 from msd_compiler.report import Report
 
 EXPORTED = Path(__file__).parents[1] / "data" / "exported"
@@ -302,7 +302,7 @@ def test_when_the_folder_cannot_be_put_in_place_the_old_one_is_back(source, monk
     real = Path.rename
 
     def rename(path: Path, target: Path) -> Path:
-        if path.name.endswith(".partial"):
+        if path.parent.name.endswith(".partial"):
             raise OSError(28, "No space left on device")
         return real(path, target)
 
@@ -311,6 +311,24 @@ def test_when_the_folder_cannot_be_put_in_place_the_old_one_is_back(source, monk
         msd_compiler.compile(source, "out", terms=3, verify=False)
     assert contents(Path("out")) == before
     assert sorted(p.name for p in Path().iterdir()) == ["out", "phi"]
+
+
+def test_results_of_one_name_at_once_leave_each_other_alone(source):
+    """A folder ``out`` and a file ``out.onnx`` have the same name aside."""
+    with FolderOutput(Path("out"), GenaiFolder.read(source)) as output:
+        place = output.model("model.onnx")
+        msd_compiler.compile(source / "model.onnx", "out.onnx", verify=False)
+        assert place.parent.is_dir()
+    assert sorted(p.name for p in Path().iterdir() if p.name.startswith((".", "out"))) == ["out.onnx"]
+
+
+def test_what_a_killed_process_left_goes(source):
+    left = Path(".out.abcdefgh.partial")
+    left.mkdir()
+    (left / "model.onnx").write_bytes(b"half")
+    msd_compiler.compile(source, "out", verify=False)
+    assert not left.exists()
+    assert Path("out").stat().st_mode == source.stat().st_mode  # not that of what lies aside
 
 
 # --- with onnxruntime-genai ----------------------------------------------------------------------------------------
