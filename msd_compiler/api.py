@@ -24,7 +24,7 @@ from .passes.lower_attention import keep_shapes, lower_attention, plan_of_cache
 from .passes.lower_linear import lower_linear
 from .quantize import Quantization
 from .report import METADATA_KEY, Outcome, Report, SiteRow, Verification, embedded_report, summarize
-from .runtime import RuntimeRefused, TimedOut, open_model, session
+from .runtime import SAY_NOTHING, RuntimeRefused, TimedOut, open_model, session
 from .runtime import run as run_session
 from .runtime_ops.attention import schema as attention_schema
 from .runtime_ops.attention.body import attention_body
@@ -412,7 +412,7 @@ class _Check:
 def _result_is_to_blame(source: Source, error: RuntimeRefused) -> None:
     """Raise ``error`` if the source itself runs: then it is the result that does not."""
     try:
-        open_model(source.proto, source.folder, name=source.name, portable=True, log_severity_level=4)
+        open_model(source.proto, source.folder, name=source.name, portable=True, log_severity_level=SAY_NOTHING)
     except RuntimeRefused:
         return
     raise error

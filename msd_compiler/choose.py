@@ -63,7 +63,7 @@ def _rounded_downstream(scope: Scope) -> dict[int | None, str]:
     rounding = {i: node for i, node in enumerate(scope.graph.nodes) if _rounds(node.op, node.attrs)}
     if not rounding:
         return {}
-    flow = scope.flow()
+    flow = scope.flow
     found: dict[int | None, str] = {}
     for i, node in rounding.items():
         if i in found:

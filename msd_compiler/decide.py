@@ -179,7 +179,8 @@ def _changeable(sites: Sequence[Site], how: KvCache) -> dict[str, AttentionSite]
 def _with_rounded_cache(oracle: Source, plans: Mapping[str, CachePlan]) -> Source:
     """The oracle with its caches rounded: its own attentions, found anew, for products may be spelled otherwise in it."""
     linked = Linked.of(oracle)
-    found = {s.name: s.found for s in _sites(linked) if isinstance(s.found, AttentionSite) and s.name in plans}
+    sites = find_sites(linked, ATTENTION_READERS, ())
+    found = {s.name: s.found for s in sites if isinstance(s.found, AttentionSite) and s.name in plans}
     return with_rounded_cache(linked, found, plans)
 
 

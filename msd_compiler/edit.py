@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from .errors import ModelError
 from .linked import Scope
@@ -29,14 +29,14 @@ class Edit:
 
     Args:
         source: the model; it is not touched.
-        store: puts an array away and returns the initializer that stands for it.
+        store: puts an array away and returns the initializer that stands for it; None: which holds it itself.
     """
 
-    def __init__(self, source: Source, store: Callable[[str, np.ndarray], TensorProto]):
+    def __init__(self, source: Source, store: Callable[[str, np.ndarray], TensorProto] | None = None):
         self.proto = onnx.ModelProto()
         self.proto.CopyFrom(source.proto)
         self.opset = source.opset
-        self._store = store
+        self._store = store or _held
         self._graphs = graphs(self.proto)
         self._names = {name for graph in self._graphs for name in _names_of(graph)}
         self._declared = [{v.name for v in (*g.value_info, *g.output)} for g in self._graphs]
@@ -145,15 +145,16 @@ class Edit:
             _rename(self.proto, index, renames)
         _drop_unused(self.proto, suspects - made)
         for function, version in functions:
-            self._import("", self.function_opset)
-            self._import(function.domain, version)
+            self.import_domain("", self.function_opset)
+            self.import_domain(function.domain, version)
             self._define(function)
         self._raise_ir_version()
         return self.proto
 
     def import_domain(self, domain: str, version: int) -> None:
         """See that the model imports a domain whose ops the new nodes use."""
-        self._import(domain, version)
+        if not any((o.domain or "ai.onnx") == (domain or "ai.onnx") for o in self.proto.opset_import):
+            self.proto.opset_import.append(helper.make_opsetid(domain, version))
 
     def _define(self, function: onnx.FunctionProto) -> None:
         for known in self.proto.functions:
@@ -166,10 +167,6 @@ class Edit:
                 return
         self.proto.functions.append(function)
 
-    def _import(self, domain: str, version: int) -> None:
-        if not any((o.domain or "ai.onnx") == (domain or "ai.onnx") for o in self.proto.opset_import):
-            self.proto.opset_import.append(helper.make_opsetid(domain, version))
-
     def _raise_ir_version(self) -> None:
         if self.proto.ir_version < 4:
             # Below IR 4 every initializer is also listed as an input; from 4 on that would make it replaceable.
@@ -178,6 +175,10 @@ class Edit:
             del self.proto.graph.input[:]
             self.proto.graph.input.extend(inputs)
         self.proto.ir_version = max(self.proto.ir_version, FUNCTIONS_NEED_IR)
+
+
+def _held(name: str, value: np.ndarray) -> TensorProto:
+    return numpy_helper.from_array(value, name)
 
 
 def _names_of(graph: onnx.GraphProto) -> Iterable[str]:

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from .build import NodeBuilder
 from .edit import Edit
-from .linked import Linked, Scope
+from .linked import Linked, Scope, optional_input, stated_type
 from .source import Source
 from .unfuse import PRODUCTS, activation_type
 
@@ -36,7 +36,7 @@ def exact_products(linked: Linked) -> Source:
             continue
         if _type_of(scope, node.inputs[PRODUCTS[node.op]]) != TensorProto.INT8:
             continue
-        edit = edit or Edit(source, lambda name, value: numpy_helper.from_array(value, name))
+        edit = edit or Edit(source)
         build = NodeBuilder(edit, str(node.name or node.outputs[0].name))
         b, z = PRODUCTS[node.op], _ZERO_POINT_OF_B[node.op]
         moved = {index: _moved(build, linked, scope, node, index) for index in (b, z)}
@@ -53,12 +53,12 @@ def _type_of(scope: Scope, tensor: gs.Tensor) -> int | None:
     stored = scope.constant(tensor)
     if stored is not None:
         return int(stored.data_type)
-    return None if tensor.dtype is None else int(helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)))
+    return stated_type(tensor)
 
 
 def _moved(build: NodeBuilder, linked: Linked, scope: Scope, node: gs.Node, index: int) -> str:
     """An int8 input 128 up as uint8; an absent zero point is 0."""
-    tensor = node.inputs[index] if index < len(node.inputs) and not node.inputs[index].is_empty() else None
+    tensor = optional_input(node, index)
     if tensor is None:
         return build.constant("b_zero_point", np.array(128, np.uint8))
     value = linked.array(scope, tensor)

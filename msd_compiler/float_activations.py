@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import numpy_helper
 
 from .edit import Edit
-from .linked import Linked, Scope
+from .linked import Linked, Scope, optional_input
 from .source import Source
 from .unfuse import everything, unfused
 
@@ -61,7 +60,7 @@ def float_activations(linked: Linked) -> tuple[Source, dict[str, str]]:
     spelled, _ = unfused(linked, everything)
     if spelled is not source:
         linked = Linked.of(spelled)
-    edit = Edit(spelled, lambda name, value: numpy_helper.from_array(value, name))
+    edit = Edit(spelled)
     dropped: dict[str, str] = {}
     is_changed = spelled is not source
     for scope in linked.scopes:
@@ -103,7 +102,7 @@ def _removable(scope: Scope, linked: Linked) -> dict[str, _Rounding]:
             found[node.outputs[0].name] = rounding
             tensors.append(node.outputs[0])
         elif node.op in _MOVES:
-            data = node.inputs if node.op in _ALL_ARE_DATA else node.inputs[:1]
+            data = _data(node)
             first = found.get(data[0].name) if data else None
             if first and all(t.name in found and _same(scope, linked, found[t.name], first) for t in data):
                 found.update((t.name, first) for t in node.outputs)
@@ -118,14 +117,16 @@ def _removable(scope: Scope, linked: Linked) -> dict[str, _Rounding]:
         found = {name: rounding for name, rounding in found.items() if name in kept}
 
 
+def _data(move: gs.Node) -> list[gs.Tensor]:
+    return list(move.inputs if move.op in _ALL_ARE_DATA else move.inputs[:1])
+
+
 def _may_go(tensor: gs.Tensor, found: dict[str, _Rounding], scope: Scope, linked: Linked) -> bool:
     """Whether all that is made of the codes, and all that they are made of, may be float."""
     rounding = found[tensor.name]
     producer = tensor.inputs[0]
-    if producer.op in _MOVES:
-        data = producer.inputs if producer.op in _ALL_ARE_DATA else producer.inputs[:1]
-        if any(t.name not in found for t in data):
-            return False
+    if producer.op in _MOVES and any(t.name not in found for t in _data(producer)):
+        return False
     for node in tensor.outputs:
         if node.op == "DequantizeLinear" and node.inputs[0] is tensor:
             if not _same(scope, linked, rounding, _rounding_of(node)) or any(t is tensor for t in node.inputs[1:]):
@@ -146,8 +147,7 @@ def _rounding(node: gs.Node) -> _Rounding:
 
 def _rounding_of(node: gs.Node) -> _Rounding:
     """Scale and zero point of a QuantizeLinear or DequantizeLinear."""
-    has_zero_point = len(node.inputs) > 2 and not node.inputs[2].is_empty()
-    return _Rounding(node, node.inputs[1], node.inputs[2] if has_zero_point else None)
+    return _Rounding(node, node.inputs[1], optional_input(node, 2))
 
 
 def _same(scope: Scope, linked: Linked, a: _Rounding, b: _Rounding) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from .attention import AttentionSite, Cache, CachePlan, Scales, caches, handing_on, not_lowered
 from .build import NodeBuilder
@@ -21,6 +21,7 @@ from .linked import Linked
 from .oracle_session import open_oracle
 from .runtime import RuntimeRefused, run
 from .runtime_ops.attention.layout import unpack_codes
+from .runtime_ops.matmul.reference import SMALLEST_PEAK
 from .save import weight_bytes
 from .source import Source
 
@@ -35,9 +36,6 @@ _FEWEST_WORDS = 100
 
 _HEADROOM = np.float32(1.125)
 """Of scales measured on samples: other text goes a little beyond them, and what is beyond a scale is cut off."""
-
-SMALLEST_PEAK = 2.0**-100
-"""A token whose largest magnitude is below it counts as zero, as in ``msd.Attention``."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ def with_rounded_cache(linked: Linked, sites: Mapping[str, AttentionSite], plans
     New keys and values are rounded, stored, and read back as floats; the attention itself stays as it was. A
     GroupQueryAttention does so itself when told the scales.
     """
-    edit = Edit(linked.source, lambda name, value: numpy_helper.from_array(value, name))
+    edit = Edit(linked.source)
     for name, site in sites.items():
         plan = plans[name]
         scales = (plan.key_scale, plan.value_scale)
@@ -288,7 +286,7 @@ def _round_cache(
     else:
         assert names is not None
         steps, new_scales = _dynamic(x, largest, build)
-        all_scales = build.node("Concat", names.past, new_scales, axis=2)
+        build.node("Concat", names.past, new_scales, axis=2)
         build.rename_last(names.present)
         all_scales = names.present
         lowest = -largest
@@ -380,7 +378,8 @@ def store_caches_as_codes(edit: Edit, site: AttentionSite, plan: CachePlan) -> N
     """Change the model's signature: caches are codes, and scales that travel with them are inputs and outputs."""
     kind = TensorProto.INT8 if plan.bits == 8 else TensorProto.UINT8
     known = {id(node) for node in site.replaced}
-    for cache, names in zip(caches(site), (plan.key_scales, plan.value_scales), strict=True):
+    sides = ((plan.key_scales, site.head_size), (plan.value_scales, site.value_head_size))
+    for cache, (names, size) in zip(caches(site), sides, strict=True):
         for tensor in (cache.past, cache.present):
             for alias in _aliases(tensor, known):
                 edit.undeclare(site.scope, str(alias.name))
@@ -399,4 +398,4 @@ def store_caches_as_codes(edit: Edit, site: AttentionSite, plan: CachePlan) -> N
                 (edit.proto.graph.input if is_past else edit.proto.graph.output).append(scale)
             declared.elem_type = kind
             if plan.bits == 4 and len(declared.shape.dim) == 4:
-                declared.shape.dim[3].dim_value = -(-site.head_size // 2)
+                declared.shape.dim[3].dim_value = -(-size // 2)

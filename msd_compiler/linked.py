@@ -48,6 +48,7 @@ class Scope:
         """Index of the node in this graph; None if it stands in another one."""
         return self._positions.get(id(node))
 
+    @cached_property
     def flow(self) -> nx.DiGraph[int]:
         """The graph's nodes by position, each with an edge to those that it reads from."""
         flow: nx.DiGraph[int] = nx.DiGraph()
@@ -112,6 +113,16 @@ class Linked:
             at = at.parent
         return None if shape is None else [None if isinstance(d, int) and d < 0 else d for d in shape]
 
+    def is_single(self, scope: Scope, tensor: gs.Tensor) -> bool:
+        """Whether a tensor is known to hold one value."""
+        stored = scope.constant(tensor)
+        if stored is not None:
+            return bool(prod(stored.dims) == 1)
+        if tensor.inputs and tensor.inputs[0].op == "DynamicQuantizeLinear":  # its scale and zero point, where asked
+            return True
+        shape = self.shape(scope, tensor)
+        return shape is not None and all(d == 1 for d in shape)
+
     @cached_property
     def _inferred(self) -> dict[tuple[int, str], list[int | str | None]]:
         """By graph and name: two branches may use a name for two things."""
@@ -150,13 +161,25 @@ def _refuse_second_definitions(source: Source, scope: Scope) -> None:
             (stored if is_constant else computed).add(name)
 
 
+def optional_input(node: gs.Node, index: int) -> gs.Tensor | None:
+    """An input of a node, None if it is absent."""
+    if index >= len(node.inputs) or node.inputs[index].is_empty():
+        return None
+    return node.inputs[index]
+
+
+def stated_type(tensor: gs.Tensor) -> int | None:
+    """TensorProto type that the file, or shape inference, states of a tensor; None if none is."""
+    return None if tensor.dtype is None else int(helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)))
+
+
 def _refuse_cycles(source: Source, scope: Scope) -> None:
     """See that no node waits for itself: whoever follows a graph upstream must come to an end.
 
     Raises:
         ModelError: one does.
     """
-    flow = scope.flow()
+    flow = scope.flow
     if not nx.is_directed_acyclic_graph(flow):
         position, _ = nx.find_cycle(flow)[0][:2]
         node = scope.graph.nodes[position]

@@ -8,14 +8,11 @@ from typing import Any, TypeAlias
 import onnxruntime
 
 from .oracle import is_widened, oracle_model, widen_inputs
-from .runtime import open_model
+from .runtime import SAY_NOTHING, open_model
 from .source import Source
 
 Convert: TypeAlias = Callable[[Mapping[str, Any]], dict[str, Any]]
 """Makes one model's feed of another's."""
-
-_SAY_NOTHING = 4
-"""Log severity: what goes wrong comes as an exception."""
 
 
 def open_oracle(source: Source) -> tuple[onnxruntime.InferenceSession, Convert]:
@@ -30,6 +27,6 @@ def open_oracle(source: Source) -> tuple[onnxruntime.InferenceSession, Convert]:
         name=source.name,
         portable=True,
         graph_optimization_level=onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
-        log_severity_level=_SAY_NOTHING,
+        log_severity_level=SAY_NOTHING,
     )
     return session, widen_inputs if is_widened(source.proto) else dict

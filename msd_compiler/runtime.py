@@ -28,6 +28,7 @@ from .runtime_ops import library_path
 from .source import Source, copy_fields, is_external, nbytes, stored_tensors
 
 __all__ = [
+    "SAY_NOTHING",
     "RuntimeRefused",
     "TimedOut",
     "array_of",
@@ -41,6 +42,9 @@ __all__ = [
 ]
 
 _RUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+SAY_NOTHING = 4
+"""Log severity: what goes wrong comes as an exception."""
+
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"  # means nothing to onnxruntime 1.20
 _EMBEDDED_LIMIT = 1 << 28  # bytes; protobuf serializes 2 GiB at most, and all of them are held three times on the way
 _OPTIONS = {

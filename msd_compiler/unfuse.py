@@ -14,13 +14,12 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from .build import NodeBuilder
 from .edit import Edit
-from .linked import Linked, Scope
+from .linked import Linked, Scope, optional_input, stated_type
 from .source import Source
 
 _MOST_MULS = 3
@@ -51,7 +50,9 @@ Wanted = Callable[[Place, Linked], bool]
 
 def everything(place: Place, linked: Linked) -> bool:
     """All that can be unfused, in a form that runs: below opset 13 that is what has no scale per channel."""
-    stored = (linked.array(place.scope, t) for i in _SCALES.get(place.node.op, ()) if (t := _input(place.node, i)))
+    stored = (
+        linked.array(place.scope, t) for i in _SCALES.get(place.node.op, ()) if (t := optional_input(place.node, i))
+    )
     scales = [place.b_scale, *stored]
     return linked.source.opset >= 13 or all(s is None or s.size == 1 for s in scales)
 
@@ -81,11 +82,11 @@ def activation_type(scope: Scope, product: gs.Node) -> int | None:
     codes = product.inputs[0]
     if codes.inputs and codes.inputs[0].op == "DynamicQuantizeLinear":
         return int(TensorProto.UINT8)
-    zero_point = _input(product, _ZERO_POINT_OF_A[product.op])
+    zero_point = optional_input(product, _ZERO_POINT_OF_A[product.op])
     stored = scope.constant(zero_point) if zero_point is not None else None
     if stored is not None:
         return int(stored.data_type)
-    return None if codes.dtype is None else int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(codes.dtype)))
+    return stated_type(codes)
 
 
 def unfused(linked: Linked, wanted: Wanted) -> tuple[Source, dict[str, str]]:
@@ -98,7 +99,7 @@ def unfused(linked: Linked, wanted: Wanted) -> tuple[Source, dict[str, str]]:
     places = [place for place in _places(linked) if wanted(place, linked)]
     if not places:
         return source, {}
-    edit = Edit(source, lambda name, value: numpy_helper.from_array(value, name))
+    edit = Edit(source)
     forms = {}
     for place in places:
         name = str(place.node.name or place.node.outputs[0].name)
@@ -155,7 +156,10 @@ def _chain(scope: Scope, last: gs.Node, linked: Linked) -> Place | None:
         b_scale = b_scale.reshape(())
     elif weight is None or len(weight.dims) < 2 or b_scale.size != weight.dims[-1] or b_scale.shape[-1] != b_scale.size:
         return None
-    if not (_stands_beside(scope, _input(product, 2), 1) and _stands_beside(scope, _input(product, 3), b_scale.size)):
+    if not (
+        _stands_beside(scope, optional_input(product, 2), 1)
+        and _stands_beside(scope, optional_input(product, 3), b_scale.size)
+    ):
         return None
     form = "MatMulInteger -> Cast -> Mul"
     return Place(
@@ -184,15 +188,7 @@ def _is_scale_of(scope: Scope, product: gs.Node, tensor: gs.Tensor, linked: Link
     """Whether a computed factor is the scale of the product's activation."""
     if _is_dynamic(product):
         return bool(tensor is product.inputs[0].inputs[0].outputs[1])
-    return _is_single(scope, tensor, linked)
-
-
-def _is_single(scope: Scope, tensor: gs.Tensor, linked: Linked) -> bool:
-    producer = tensor.inputs[0] if tensor.inputs else None
-    if producer is not None and producer.op == "DynamicQuantizeLinear":
-        return True
-    shape = linked.shape(scope, tensor)
-    return shape is not None and all(d == 1 for d in shape)
+    return linked.is_single(scope, tensor)
 
 
 def _stands_beside(scope: Scope, zero_point: gs.Tensor | None, scales: int) -> bool:
@@ -205,16 +201,10 @@ def _stands_beside(scope: Scope, zero_point: gs.Tensor | None, scales: int) -> b
 
 def _is_spellable(scope: Scope, node: gs.Node, linked: Linked) -> bool:
     """Whether the scales' granularity is known (they are stored, or single), and a Softmax is that of the model's opset."""
-    scales = (_input(node, index) for index in _SCALES[node.op] if index < len(node.inputs))
+    scales = (optional_input(node, index) for index in _SCALES[node.op] if index < len(node.inputs))
     if node.op == "QLinearSoftmax" and (int(node.attrs.get("opset", 13)) >= 13) != (linked.source.opset >= 13):
         return False
-    return all(t is None or scope.constant(t) is not None or _is_single(scope, t, linked) for t in scales)
-
-
-def _input(node: gs.Node, index: int) -> gs.Tensor | None:
-    if index >= len(node.inputs) or node.inputs[index].is_empty():
-        return None
-    return node.inputs[index]
+    return all(t is None or scope.constant(t) is not None or linked.is_single(scope, t) for t in scales)
 
 
 class _Spelling:
@@ -227,7 +217,7 @@ class _Spelling:
 
     def name(self, index: int) -> str:
         """The name of an input, empty if it is absent."""
-        tensor = _input(self.node, index)
+        tensor = optional_input(self.node, index)
         return "" if tensor is None else str(tensor.name)
 
     def dequantized(self, codes: int, scale: int, zero_point: int, axis: int | None = None) -> str:
@@ -266,7 +256,7 @@ class _Spelling:
         return self.build.node("Mul", codes, self.build.constant("c_scale", scale))
 
     def _dequantize(self, codes: int, scale: str, zero_point: int, channels: int, axis: int | None) -> str:
-        tensor = _input(self.node, codes)
+        tensor = optional_input(self.node, codes)
         assert tensor is not None
         zero, stored = self.name(zero_point), self._stored(zero_point)
         if stored is not None and stored.size != channels:
@@ -280,7 +270,7 @@ class _Spelling:
         return self.build.node("DequantizeLinear", *inputs, axis=rank - 2 + axis)
 
     def _stored(self, index: int) -> np.ndarray | None:
-        tensor = _input(self.node, index)
+        tensor = optional_input(self.node, index)
         return None if tensor is None else self._linked.array(self.place.scope, tensor)
 
 

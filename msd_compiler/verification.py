@@ -21,7 +21,7 @@ from .inputs import Feed, NoInputs, generate
 from .oracle import half_precision
 from .oracle_session import Convert, open_oracle
 from .report import Method, OutputRow, SiteError, Verification
-from .runtime import RuntimeRefused, TimedOut, open_model, run
+from .runtime import SAY_NOTHING, RuntimeRefused, TimedOut, open_model, run
 from .source import Source
 from .verify_attention import RewrittenAttention, attention_error
 
@@ -30,9 +30,6 @@ WHOLE_UP_TO = 2**30
 
 EPSILON = {TensorProto.FLOAT16: 2.0**-11, TensorProto.BFLOAT16: 2.0**-8}
 """Rounding of a half type: a source's least distance from its oracle where it cannot run itself."""
-
-_SAY_NOTHING = 4
-"""Log severity: what goes wrong comes as an exception."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
@@ -206,6 +203,7 @@ def _unrounded_outputs(
         return None
     oracle = _open_oracle(reference.unrounded)
     convert = reference.unrounded_feed or dict
+    caches = set() if reference.unrounded_feed is None else _codes_of(reference.oracle)
     found = []
     for feed in feeds:
         said = dict(
@@ -216,7 +214,6 @@ def _unrounded_outputs(
             )
         )
         floats = {n: v for n, v in said.items() if isinstance(v, np.ndarray)}
-        caches = set() if reference.unrounded_feed is None else _codes_of(reference.oracle)
         found.append({n: v for n, v in floats.items() if n in names and n not in caches})
     return found
 
@@ -241,7 +238,7 @@ def _open_oracle(source: Source) -> _Runner:
 
 
 def _open(source: Source, name: str, **options: Any) -> _Runner:
-    return _Runner(open_model(source.proto, source.folder, name=name, log_severity_level=_SAY_NOTHING, **options))
+    return _Runner(open_model(source.proto, source.folder, name=name, log_severity_level=SAY_NOTHING, **options))
 
 
 def _try_open(source: Source) -> _Runner | None:
@@ -417,7 +414,7 @@ def _site_error(
         opset_imports=[onnx.helper.make_opsetid("", _ANY_OPSET), onnx.helper.make_opsetid(node.domain, 1)],
         ir_version=_ANY_IR,
     )
-    session = open_model(alone, result.folder, name=f"layer {product.site!r}", log_severity_level=_SAY_NOTHING)
+    session = open_model(alone, result.folder, name=f"layer {product.site!r}", log_severity_level=SAY_NOTHING)
     found = run(session, None, feed)[0]
     oracle = float64_product(x, weight, product.alpha, product.bias)
     return SiteError(

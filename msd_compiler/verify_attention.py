@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from .attention import AttentionSite, CachePlan
 from .compare import max_abs, relative_l2
 from .report import SiteError
-from .runtime import open_model, run
+from .runtime import SAY_NOTHING, open_model, run
 from .runtime_ops.attention.layout import APPEND, Plan, pack_codes, unpack_codes
 from .source import Source
 
@@ -68,9 +68,9 @@ def attention_error(result: Source, product: RewrittenAttention, seed: int) -> S
         opset_imports=[helper.make_opsetid("", _OPSET), helper.make_opsetid("msd", 1)],
         ir_version=_IR,
     )
-    session = open_model(alone, result.folder, name=f"attention {product.site!r}", log_severity_level=4)
+    session = open_model(alone, result.folder, name=f"attention {product.site!r}", log_severity_level=SAY_NOTHING)
     y, *present = run(session, None, feed)
-    expected = float64_attention(fact, cache, feed["query"], present)
+    expected = float64_attention(fact, cache, feed["query"], present, float(feed["factors"][0]))
     return SiteError(
         node=product.site, relative_l2=relative_l2(y, expected), max_abs=max_abs(y, expected), tolerance=TOLERANCE
     )
@@ -102,23 +102,19 @@ def _random_feed(fact: AttentionSite, cache: CachePlan, plan: Plan, rng: np.rand
 
 
 def float64_attention(
-    fact: AttentionSite, cache: CachePlan, query: np.ndarray, present: list[np.ndarray], scale: float | None = None
+    fact: AttentionSite, cache: CachePlan, query: np.ndarray, present: list[np.ndarray], scale: float
 ) -> np.ndarray:
     """Attention over a cache's codes, nothing rounded.
 
     Args:
         query: ``[B, Hq, S, D]``.
         present: keys, values, and their scales, as the op returns them.
-        scale: factor of the logits; None: that which `attention_error` takes.
+        scale: factor of the logits.
     """
     codes = [
         unpack_codes(p, s, cache.bits) for p, s in zip(present[:2], (fact.head_size, fact.value_head_size), strict=True)
     ]
     keys, values = (c.astype(np.float64) * s for c, s in zip(codes, present[2:], strict=True))
-    if scale is None:
-        past_scale = present[2][:, :, :PAST] if cache.dynamic else present[2]
-        largest = 2 ** (cache.bits - 1) - 1
-        scale = float(np.float32(1 / max(float(np.mean(past_scale)) * largest * np.sqrt(fact.head_size / 3), 1e-30)))
     group = fact.heads // fact.kv_heads
     logits = query.astype(np.float64) @ np.repeat(keys, group, axis=1).swapaxes(2, 3) * scale
     if fact.soft_cap:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from math import prod
 
-import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from msd_compiler.facts import ActivationCodes, LowBitWeight, ReasonCode, Reject
-from msd_compiler.linked import Linked, Scope
+from msd_compiler.linked import Linked, Scope, optional_input, stated_type
 from msd_compiler.source import type_name
 
 _MOVES_ONLY = frozenset({"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
@@ -38,13 +37,13 @@ def given_codes(x: gs.Tensor, weight: LowBitWeight, scope: Scope, linked: Linked
     if node is None or node.op != "DequantizeLinear" or scope.constant(node.inputs[0]) is not None:
         return None
     codes, scale = node.inputs[0], node.inputs[1]
-    zero_point = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
+    zero_point = optional_input(node, 2)
     element_type = _code_type(codes, zero_point, scope)
     if element_type is None or element_type not in _CODE_TYPES:
         name = "unknown" if element_type is None else type_name(element_type)
         raise _not_followed(codes, f"of type {name}; 8 or 16 bits are needed", known)
     for tensor, what in ((scale, "scale"), (zero_point, "zero point")):
-        if tensor is not None and not _is_single(tensor, scope, linked):
+        if tensor is not None and not linked.is_single(scope, tensor):
             raise _not_followed(codes, f"whose {what} {tensor.name!r} is not one value", known)
     if not weight.is_plain:
         raise _not_followed(codes, "and its weight has scales along K, or zero points that are no integers", known)
@@ -75,17 +74,7 @@ def _code_type(codes: gs.Tensor, zero_point: gs.Tensor | None, scope: Scope) -> 
     if producer is not None and producer.op == "QuantizeLinear":
         own = scope.constant(producer.inputs[2]) if len(producer.inputs) > 2 else None
         return int(own.data_type if own is not None else producer.attrs.get("output_dtype", 0) or TensorProto.UINT8)
-    return None if codes.dtype is None else int(helper.np_dtype_to_tensor_dtype(np.dtype(codes.dtype)))
-
-
-def _is_single(tensor: gs.Tensor, scope: Scope, linked: Linked) -> bool:
-    stored = scope.constant(tensor)
-    if stored is not None:
-        return bool(prod(stored.dims) == 1)
-    if tensor.inputs and tensor.inputs[0].op == "DynamicQuantizeLinear":
-        return True
-    shape = linked.shape(scope, tensor)
-    return shape is not None and all(d == 1 for d in shape)
+    return stated_type(codes)
 
 
 def _moves(x: gs.Tensor, start: gs.Tensor) -> tuple[gs.Node, ...]:

@@ -41,6 +41,10 @@ def maker(tensor: gs.Tensor, scope: Scope) -> gs.Node | None:
     return tensor.inputs[0] if tensor.inputs and scope.constant(tensor) is None else None
 
 
+NO_CACHE = "attention without a cache: both products are of activations"
+"""The sentence of `ReasonCode.NO_CACHE`."""
+
+
 def not_followed(reason: str) -> Reject:
     """Attention with something in it that is not followed."""
     return Reject(ReasonCode.ATTENTION_FORM, reason)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import networkx as nx
 import onnx_graphsurgeon as gs
@@ -49,7 +48,7 @@ def region_of(
     Raises:
         Reject: one of ``core`` or a cache is read elsewhere, or an operand is computed from it.
     """
-    flow = _flow(scope)
+    flow = scope.flow
     last = core[-1]
     writers = [cache.writer for cache in caches]
     inside = (*core, *parts, *writers)
@@ -75,12 +74,6 @@ def region_of(
         tuple(scope.graph.nodes[p] for p in sorted(leaving)),
         tuple(ShapeReader(node, shapes[id(node.inputs[0])]) for node in readers),
     )
-
-
-@lru_cache(maxsize=2)
-def _flow(scope: Scope) -> nx.DiGraph[int]:
-    """`Scope.flow`, kept from one attention of a graph to the next."""
-    return scope.flow()
 
 
 def _upstream(flow: nx.DiGraph[int], starts: Sequence[int], ends: set[int]) -> set[int]:

@@ -18,10 +18,9 @@ from msd_compiler.reader import Reader
 from .activation import rows_of
 from .attention_cache import Kept, element_type_of, is_input, is_output, read_kept, trace
 from .attention_layout import CACHE
-from .attention_logits import named, not_followed
+from .attention_logits import NO_CACHE, named, not_followed
 from .attention_operands import places, sizes, told_shapes
 from .attention_region import region_of
-from .read_decomposed_attention import NO_CACHE
 from .shape_values import ShapeValues
 
 _INPUTS = ("q", "k", "v")

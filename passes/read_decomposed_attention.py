@@ -15,12 +15,10 @@ from msd_compiler.reader import Reader
 from .activation import rows_of
 from .attention_cache import Operand, read_kept, trace
 from .attention_layout import CACHE, TRANSPOSED, Axis
-from .attention_logits import COPIES, PRODUCTS, Logits, LogitsReader, maker, named, not_followed
+from .attention_logits import COPIES, NO_CACHE, PRODUCTS, Logits, LogitsReader, maker, named, not_followed
 from .attention_operands import places, sizes, told_shapes
 from .attention_region import region_of
 from .shape_values import ShapeValues
-
-NO_CACHE = "attention without a cache: both products are of activations"
 
 _PASSED = COPIES | {"Cast", "Where", "Mul", "Div", "Reshape", "Transpose", "QuantizeLinear", "DequantizeLinear"}
 """Ops through which probabilities may reach their product, followed or not."""

@@ -14,6 +14,7 @@ from msd_compiler.pattern import Any, Match, Maybe, Op
 from msd_compiler.reader import Reader
 
 from .activation import rows_of
+from .attention_logits import NO_CACHE
 
 _INPUTS = (
     "query",
@@ -60,7 +61,7 @@ class ReadGroupQueryAttention(Reader):
         known: dict[str, int | str] = {"heads": heads, "kv_heads": kv_heads}
         past_key, past_value, lengths = (m.maybe(name) for name in ("past_key", "past_value", "seqlens_k"))
         if past_key is None or past_value is None or lengths is None or len(node.outputs) < _OUTPUTS:
-            raise Reject(ReasonCode.NO_CACHE, "attention without a cache: both products are of activations", **known)
+            raise Reject(ReasonCode.NO_CACHE, NO_CACHE, **known)
         if kv_heads < 1 or heads < 1 or heads % kv_heads:
             raise Reject(ReasonCode.ATTENTION_FORM, f"{heads} query heads do not share {kv_heads} key heads evenly")
         for name in ("q_norm", "k_norm"):

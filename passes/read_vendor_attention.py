@@ -13,9 +13,8 @@ from msd_compiler.reader import Reader
 
 from .activation import rows_of
 from .attention_cache import element_type_of
-from .attention_logits import named, not_followed
+from .attention_logits import NO_CACHE, named, not_followed
 from .read_attention_op import own_cache
-from .read_decomposed_attention import NO_CACHE
 from .shape_values import ShapeValues
 
 _DOMAINS = ("com.microsoft",)

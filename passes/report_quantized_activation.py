@@ -15,17 +15,7 @@ from msd_compiler.unfuse import PRODUCTS, activation_type
 
 _DOMAINS = (*DEFAULT_DOMAINS, "com.microsoft")
 
-_WEIGHT_INPUT = MappingProxyType(
-    {
-        "MatMulInteger": 1,
-        "QLinearMatMul": 3,
-        "QGemm": 3,
-        "DynamicQuantizeMatMul": 1,
-        "MatMulIntegerToFloat": 1,
-        "MatMulInteger16": 1,
-        "QAttention": 1,
-    }
-)
+_WEIGHT_INPUT = MappingProxyType({**PRODUCTS, "MatMulInteger16": 1, "QAttention": 1})
 """Ops whose activation is integer codes, with the input that holds the weight."""
 
 _FUSED = MappingProxyType(

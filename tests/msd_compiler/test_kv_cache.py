@@ -124,6 +124,26 @@ def test_heads_longer_than_the_kernels_take_stay(columns, reason):
     assert columns == 512 or "516 columns, and msd.Attention takes 512 at most" in row.reason
 
 
+def test_two_columns_to_a_byte_of_values_that_are_narrower_than_keys():
+    new, past, present = (
+        ", ".join(f"float[N,2,{tokens},{d}] {name}" for name, d in zip(names, columns, strict=True))
+        for tokens, names, columns in (
+            ("S", ("q", "k", "v"), (16, 16, 8)),
+            ("P", ("past_k", "past_v"), (16, 8)),
+            ("T", ("K", "V"), (16, 8)),
+        )
+    )
+    step = "y, K, V = Attention (q, k, v, , past_k, past_v)"
+    proto = model(f"({new}, {past}) => (float[N,2,S,8] y, {present}) {{ {step} }}", opset=24)
+    stated = signature(msd_compiler.compile(proto, kv_cache=KvCache(4), verify=False).model)
+    assert {name: stated[name][1][3] for name in ("past_k", "K", "past_v", "V")} == {
+        "past_k": 8,
+        "K": 8,
+        "past_v": 4,
+        "V": 4,
+    }
+
+
 def test_samples_that_the_model_refuses():
     with pytest.raises(RuntimeRefused):
         msd_compiler.compile(TINY_LLAMA, kv_cache=KvCache(8, [Feed("short", {"input_ids": PROMPT})]))
