@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from . import api, bench, doctor, genai, screen
+from . import api, genai, screen
 from .api import DEFAULT_TOLERANCE, DEFAULT_VERIFY_SECONDS, VerificationFailed
 from .decide import Activations
 from .errors import MsdError, OptionError, OutputError
@@ -307,6 +307,8 @@ def bench_(
     Of models: runs in turns, with medians, quartiles and ratios to the first one; prompt and next tokens of a decoder; time to open,
     first run and peak memory in fresh processes; the nodes that take longest.
     """
+    from . import bench  # here, for the other commands start without it
+
     if (model is None) == (suite is None):
         raise OptionError("one of MODEL and --suite is needed: what to time")
     if suite is not None and inputs is not None:
@@ -345,6 +347,8 @@ def doctor_(json_: Json = False) -> None:
 
     Exit status 1: the native library cannot be used.
     """
+    from . import doctor  # here, as in `bench_`
+
     diagnosis = doctor.examine()
     if json_:
         print(diagnosis.model_dump_json(indent=2))

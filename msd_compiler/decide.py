@@ -29,9 +29,8 @@ from .quantize import Quantization
 from .quantize import quantize as round_weights
 from .reader import Site, find_sites
 from .report import UNSUPPORTED, Outcome, SiteRow
-from .runtime_ops.attention.body import OLDEST_OPSET as OLDEST_ATTENTION
 from .runtime_ops.matmul.reference import LIMITS
-from .runtime_ops.matmul.weight_body import OLDEST_OPSET
+from .runtime_ops.spelling import OLDEST_OPSET
 from .source import Source, type_name
 from .unfuse import Place, gaining_products, unfused
 from .verification import Progress
@@ -248,7 +247,7 @@ def _row(source: Source, site: Site, choice: Choice) -> SiteRow:
         outcome=Outcome.KEPT,
     )
     if 0 < source.opset < OLDEST_OPSET:
-        return _too_old(row, source, "msd.MatMul", OLDEST_OPSET)
+        return _too_old(row, source, "msd.MatMul")
     row.outcome = Outcome.REWRITTEN
     row.terms = choice.terms if codes is None else codes.terms
     row.group = plan_of(found, choice).block_size if codes is None else None
@@ -279,8 +278,8 @@ def _attention_row(source: Source, name: str, site: AttentionSite) -> SiteRow:
         outcome=Outcome.KEPT,
         source_cache_bytes=bytes_per_token(site, None if codes is None else codes.bits),
     )
-    if 0 < source.opset < OLDEST_ATTENTION:
-        return _too_old(row, source, "msd.Attention", OLDEST_ATTENTION)
+    if 0 < source.opset < OLDEST_OPSET:
+        return _too_old(row, source, "msd.Attention")
     if codes is None:
         row.reason = "its cache is float: there are no codes to multiply; --kv-cache int8 or int4 makes it low-bit"
         row.reason_code = ReasonCode.FLOAT_CACHE
@@ -295,8 +294,8 @@ def _attention_row(source: Source, name: str, site: AttentionSite) -> SiteRow:
     return row
 
 
-def _too_old(row: SiteRow, source: Source, op: str, needed: int) -> SiteRow:
-    row.reason = f"the model imports opset {source.opset}; {op} needs {needed} or later (onnx.version_converter)"
+def _too_old(row: SiteRow, source: Source, op: str) -> SiteRow:
+    row.reason = f"the model imports opset {source.opset}; {op} needs {OLDEST_OPSET} or later (onnx.version_converter)"
     row.reason_code = ReasonCode.OPSET_TOO_OLD
     return row
 

@@ -94,7 +94,7 @@ class Diagnosis(BaseModel):
 def examine() -> Diagnosis:
     """Look at this machine, and try the native library on a small product."""
     problems: list[Problem] = []
-    supported = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) >= OLDEST_RUNTIME
+    supported = runtime.runtime_version() >= OLDEST_RUNTIME
     if not supported:
         oldest = ".".join(map(str, OLDEST_RUNTIME))
         problems.append(

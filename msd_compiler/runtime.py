@@ -38,10 +38,10 @@ __all__ = [
     "register",
     "run",
     "run_bound",
+    "runtime_version",
     "session",
 ]
 
-_RUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
 SAY_NOTHING = 4
 """Log severity: what goes wrong comes as an exception."""
 
@@ -59,6 +59,11 @@ class RuntimeRefused(MsdError):
 
 class TimedOut(MsdError):
     """A run was stopped because its time was over."""
+
+
+def runtime_version() -> tuple[int, ...]:
+    """The installed onnxruntime: ``(1, 32)``."""
+    return tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
 
 
 def register(options: onnxruntime.SessionOptions) -> None:
@@ -141,7 +146,7 @@ def open_model(
                 f"{name} holds more than 2 GiB outside its main graph's initializers: it cannot be handed to onnxruntime"
             ) from error
         data: bytes | Path = serialized
-        if external and _RUNTIME >= (1, 21):
+        if external and runtime_version() >= (1, 21):
             settings.add_session_config_entry(_FOLDER_KEY, str(folder.resolve()))
         elif external:
             beside = Path(cleanup.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))

@@ -69,7 +69,7 @@ def _summary_line(report: Report) -> Text:
     by_kind = {kind: [site.outcome for site in report.sites if site.kind == kind] for kind in _NAMES}
     line = _counts("linear layer", by_kind["linear"])
     if by_kind["embedding"]:
-        line += f"; {_number(len(by_kind['embedding']), 'low-bit embedding')} kept"
+        line += f"; {number_of(len(by_kind['embedding']), 'low-bit embedding')} kept"
     if by_kind["attention"]:
         line += "\n" + _counts("attention", by_kind["attention"])
     return Text(line, style="bold")
@@ -77,10 +77,11 @@ def _summary_line(report: Report) -> Text:
 
 def _counts(name: str, outcomes: list[Outcome]) -> str:
     counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in Outcome)
-    return f"{_number(len(outcomes), name)}: {counts}"
+    return f"{number_of(len(outcomes), name)}: {counts}"
 
 
-def _number(count: int, name: str) -> str:
+def number_of(count: int, name: str) -> str:
+    """``3 layers``."""
     return f"{count} {name}{'' if count == 1 else 's'}"
 
 
@@ -155,9 +156,9 @@ def _outputs_table(outputs: list[OutputRow]) -> RenderableType:
         table.add_row(
             row.name,
             row.feed,
-            Text(_figure(row.relative_l2), style),
-            _figure(row.portable_relative_l2),
-            _figure(row.baseline_relative_l2),
+            Text(distance_text(row.relative_l2), style),
+            distance_text(row.portable_relative_l2),
+            distance_text(row.baseline_relative_l2),
         )
     if len(shown) < len(outputs):
         table.caption = f"{len(shown)} of {len(outputs)} outputs: those that are no cache, and the worst"
@@ -174,7 +175,8 @@ def _telling(outputs: list[OutputRow]) -> list[OutputRow]:
     return [*first.values(), *(r for r in worst if r not in first.values())]
 
 
-def _figure(value: float | None) -> str:
+def distance_text(value: float | None) -> str:
+    """A distance as tables show it: ``1.68e-04``, ``0``, or ``-`` for none."""
     return "-" if value is None else "0" if value == 0 else f"{value:.2e}"
 
 
@@ -208,7 +210,7 @@ def _layers_table(verification: Verification) -> RenderableType:
     table.add_column("relative L2", justify="right")
     table.add_column("max abs", justify="right")
     for site in verification.sites[:_MANY]:
-        table.add_row(site.node, _figure(site.relative_l2), _figure(site.max_abs))
+        table.add_row(site.node, distance_text(site.relative_l2), distance_text(site.max_abs))
     if len(verification.sites) > _MANY:
         table.caption = f"{_MANY} of {len(verification.sites)}"
         table.caption_justify = "left"

@@ -1,6 +1,32 @@
-"""Ops whose form changed between opset 11 and today, spelled for one of them: function bodies are inlined at the model's."""
+"""What the text of all function bodies has in common.
+
+Ops whose form changed between opset 11 and today are spelled for one of them: bodies are inlined at the model's.
+"""
 
 from __future__ import annotations
+
+import onnx
+from onnx import parser
+
+OLDEST_OPSET = 11
+"""Below it the bodies' ops (``Round``, ``BitShift``, ``Range``, ``ScatterElements``) do not exist."""
+
+INDICES = "\n".join(f"at_{i} = Constant <value = int64[1] {{{i}}}> ()" for i in range(6))
+"""Constants ``at_0`` to ``at_5``."""
+
+
+def parse_body(opset: int, op: str, text: str) -> onnx.FunctionProto:
+    """The function ``op`` of domain ``msd``, for a model of default-domain opset ``opset``.
+
+    Args:
+        text: attributes, inputs, outputs and steps.
+
+    Raises:
+        ValueError: ``opset`` is below `OLDEST_OPSET`.
+    """
+    if opset < OLDEST_OPSET:
+        raise ValueError(f"msd.{op} has a body from opset {OLDEST_OPSET} on, got {opset}")
+    return parser.parse_function(f'<domain: "msd", opset_import: ["" : {opset}]>\n{op} {text}')
 
 
 class Reductions:

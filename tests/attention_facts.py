@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from msd_compiler.passes import ATTENTION_READERS
 
 from msd_compiler import inputs
 from msd_compiler.attention import AttentionSite, Cache
@@ -15,7 +14,7 @@ from msd_compiler.compare import relative_l2
 from msd_compiler.inline import inlined
 from msd_compiler.linked import Linked
 from msd_compiler.oracle import is_widened, oracle_model, widen_inputs
-from msd_compiler.reader import Site, find_sites
+from msd_compiler.reader import Site
 from msd_compiler.runtime import open_model, run
 from msd_compiler.source import load
 
@@ -24,10 +23,6 @@ Arrays = dict[str, np.ndarray]
 
 def linked_of(model: Path | onnx.ModelProto) -> Linked:
     return Linked.of(inlined(load(model)))
-
-
-def sites_of(model: Path | onnx.ModelProto) -> list[Site]:
-    return find_sites(linked_of(model), ATTENTION_READERS, ())
 
 
 def observed(site: AttentionSite) -> list[str]:
@@ -152,13 +147,13 @@ def _assert_shapes(site: AttentionSite, values: Arrays) -> None:
 def assert_region(linked: Linked, site: AttentionSite) -> None:
     """Nobody needs what goes away; what stays can be computed without it, and what attention reads without what it gives."""
     gone = {id(n) for n in (*site.replaced, *(r.node for r in site.shape_readers))}
-    given = {t.name for t in (site.y, site.key_cache.present, site.value_cache.present)}
-    given |= {r.node.outputs[0].name for r in site.shape_readers}
+    own = {t.name for t in (site.y, site.key_cache.present, site.value_cache.present)}
+    given = own | {r.node.outputs[0].name for r in site.shape_readers}
     positions = [site.scope.position(n) for n in site.replaced]
     assert positions == sorted(positions)
     assert {id(site.node), id(site.key_cache.writer), id(site.value_cache.writer)} <= gone
     operands = [site.q, site.k, site.v, site.mask, site.valid, *(m.tensor for m in site.more_masks)]
-    for given_here, ends in ((given, site.scope.graph.outputs), (given - given_of_attention(site), operands)):
+    for given_here, ends in ((given, site.scope.graph.outputs), (given - own, operands)):
         pending, seen = [t for t in ends if t is not None], set()
         while pending:
             tensor = pending.pop()
@@ -168,7 +163,3 @@ def assert_region(linked: Linked, site: AttentionSite) -> None:
             for node in tensor.inputs:
                 assert id(node) not in gone, f"{tensor.name} needs {node.op} {node.name}"
                 pending.extend(node.inputs)
-
-
-def given_of_attention(site: AttentionSite) -> set[str]:
-    return {t.name for t in (site.y, site.key_cache.present, site.value_cache.present)}

@@ -233,3 +233,27 @@ def assert_same_bits(found: reference.Attended, expected: reference.Attended) ->
         np.testing.assert_array_equal(a, b, err_msg=name)
         is_number = ~np.isnan(b)
         np.testing.assert_array_equal(np.signbit(a[is_number]), np.signbit(b[is_number]), err_msg=name)
+
+
+MASK_SHAPES = [
+    (1, 1, 1, 1),
+    (2, 1, 1, 1),
+    (1, 4, 1, 1),
+    (1, 1, 5, 1),
+    (1, 1, 1, 305),
+    (2, 4, 5, 305),
+    (2, 1, 5, 400),
+    (1, 4, 1, 306),
+]
+MASK_KINDS = ["finite", "boolean", "lowest"]
+
+
+def mask_of(kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A mask of that shape; "lowest" hides by the least finite number, as exporters do."""
+    rng = np.random.default_rng(3)
+    hidden = rng.random(shape) < 0.4
+    return {
+        "finite": rng.normal(size=shape),
+        "boolean": np.where(hidden, -np.inf, 0),
+        "lowest": np.where(hidden, np.finfo(np.float32).min, 0),
+    }[kind]

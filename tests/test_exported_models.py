@@ -1,22 +1,18 @@
 """What exporters and quantizers write, compiled: the committed files, and all of ``shared/models`` where it is at hand."""
 
 from fnmatch import fnmatch
-from pathlib import Path
 
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto
+from real_models import COMMITTED, files
 
 import msd_compiler
 from msd_compiler.facts import ReasonCode
 from msd_compiler.report import Method, Outcome
-from msd_compiler.runtime import RuntimeRefused, session
+from msd_compiler.runtime import RuntimeRefused, runtime_version, session
 
-COMMITTED = Path(__file__).parent / "data/exported"
-SHARED = Path(__file__).parents[2] / "shared/models"
-
-RUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+RUNTIME = runtime_version()
 
 TOLERANCE = 5e-4
 """Relative L2 of an output; 16 bits of every activation through two to six random layers measure 6e-5 to 2.5e-4."""
@@ -65,17 +61,6 @@ TOO_NEW = ("*_dynamo23.onnx", "*_genai_*", "*_q8_nbits_*")
 
 LOADS_ALL = (1, 31)
 """An onnxruntime known to load everything."""
-
-
-def files():
-    for path in sorted(COMMITTED.glob("*.onnx")):
-        yield pytest.param(path, f"exported/{path.name}", id=path.stem)
-    for path in sorted(SHARED.rglob("*.onnx")):
-        name = path.relative_to(SHARED).as_posix()
-        yield pytest.param(path, name, id=name.removesuffix(".onnx"), marks=pytest.mark.slow)
-    if not SHARED.is_dir():
-        skipped = pytest.mark.skip(reason=f"{SHARED} is not here")
-        yield pytest.param(None, "", id="shared models", marks=skipped)
 
 
 def expected(name):

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from .. import api
 from ..compare import relative_l2
-from ..runtime import open_model
+from ..runtime import open_model, runtime_version
 from ..verification import Progress, silent
 from .report import AttentionReport, AttentionRow, Setting
 from .timing import QUIET, Bound, check_threads, in_turns
@@ -177,7 +177,7 @@ def bench_attention(
 
 
 def _opened(grid: AttentionGrid, threads: int, notes: list[str]) -> Iterator[tuple[AttentionWay, Any]]:
-    installed = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    installed = runtime_version()
     for way in WAYS:
         if installed < way.since:
             needed = ".".join(map(str, way.since))

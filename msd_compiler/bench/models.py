@@ -20,9 +20,9 @@ from .. import api
 from ..compare import relative_l2
 from ..errors import ModelError, OptionError
 from ..inputs import Feed, generate
-from ..oracle import is_widened, oracle_model, widen_inputs
+from ..oracle_session import open_oracle
 from ..report import embedded_report
-from ..runtime import RuntimeRefused, library_path, open_model, run, session
+from ..runtime import RuntimeRefused, library_path, run, session
 from ..save import weight_bytes
 from ..source import Source, load
 from ..verification import WHOLE_UP_TO, Progress, silent
@@ -97,13 +97,14 @@ def bench_models(
     effort = effort or Effort()
     notes: list[str] = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        files: dict[str, Path] = dict(zip(_labels([model, *results]), [model, *results], strict=True))
+        files = dict(zip(_labels([model, *results]), [model, *results], strict=True))
         models: dict[str, str | None] = {label: str(path) for label, path in files.items()}
+        sources = {label: load(path) for label, path in files.items()}
         if not results:
-            compiled = _compiled(model, Path(folder), notes, progress)
+            compiled = _compiled(sources[model.name], model, Path(folder), notes, progress)
             if compiled is not None:
-                files["compiled"], models["compiled"] = compiled, None
-        contestants = [_open(label, path, threads) for label, path in files.items()]
+                sources["compiled"], models["compiled"] = load(compiled), None
+        contestants = [_open(label, source, threads) for label, source in sources.items()]
         progress("looking for inputs", 0, 1)
         expected = _prepare(contestants, inputs, notes)
         runs: list[RunRow] = []
@@ -148,8 +149,8 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _compiled(model: Path, folder: Path, notes: list[str], progress: Progress) -> Path | None:
-    if embedded_report(load(model).proto) is not None:
+def _compiled(source: Source, model: Path, folder: Path, notes: list[str], progress: Progress) -> Path | None:
+    if embedded_report(source.proto) is not None:
         notes.append("the model is a compiled result: timed alone")
         return None
     target = folder / "compiled.onnx"
@@ -163,8 +164,7 @@ def _options(threads: int | None, *, portable: bool) -> dict[str, Any]:
     return {**QUIET, "portable": portable, **({} if threads is None else {"intra_op_num_threads": threads})}
 
 
-def _open(label: str, path: Path, threads: int | None) -> Contestant:
-    source = load(path)
+def _open(label: str, source: Source, threads: int | None) -> Contestant:
     if source.path is None:
         raise ModelError(f"{label!r} is no file")
     is_portable = all(opset.domain != "msd" for opset in source.proto.opset_import)
@@ -191,16 +191,8 @@ def _prepare(
         notes.append("weights above 1 GB: outputs are not compared with the oracle, which would take them as float32")
         return {feed.name: None for feed in first.feeds}
     try:
-        oracle = open_model(
-            oracle_model(first.source.proto, first.source.array),
-            first.source.folder,
-            name=first.label,
-            portable=True,
-            graph_optimization_level=onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
-            log_severity_level=4,
-        )
+        oracle, widen = open_oracle(first.source)
         names = [o.name for o in oracle.get_outputs()]
-        widen = widen_inputs if is_widened(first.source.proto) else dict
         return {f.name: dict(zip(names, run(oracle, None, widen(f.arrays)), strict=True)) for f in first.feeds}
     except RuntimeRefused as error:
         notes.append(f"no oracle to compare with: {error}")

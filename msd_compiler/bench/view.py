@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..screen import distance_text, number_of
 from .report import (
     AttentionReport,
     AttentionRow,
@@ -71,7 +72,7 @@ def _(report: AttentionReport) -> RenderableType:
 
 
 def _setting(setting: Setting) -> RenderableType:
-    threads = "threads by default" if setting.threads is None else _count(setting.threads, "thread")
+    threads = "threads by default" if setting.threads is None else number_of(setting.threads, "thread")
     isa = f", {setting.instruction_set}" if setting.instruction_set else ""
     return Text(f"{setting.cpu}{isa}; onnxruntime {setting.onnxruntime}, {threads}", style="bold")
 
@@ -95,7 +96,7 @@ def _runs(rows: list[RunRow]) -> RenderableType:
             row.model,
             *_time(row.time),
             _ratio(row.ratio),
-            "-" if distance is None else "0" if distance == 0 else f"{distance:.2e}",
+            distance_text(distance),
         )
     counts = sorted({row.time.runs for row in rows})
     table.caption = (
@@ -186,7 +187,3 @@ def _notes(notes: Iterable[str]) -> list[RenderableType]:
 
 def _range(counts: Sequence[int]) -> str:
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-
-
-def _count(count: int, name: str) -> str:
-    return f"{count} {name}{'' if count == 1 else 's'}"

@@ -31,17 +31,11 @@ from __future__ import annotations
 from functools import cache
 
 import onnx
-from onnx import parser
 
-from ..spelling import Reductions
-
-OLDEST_OPSET = 11
-"""Below it the body's ops (``Round``, ``BitShift``, ``Range``, ``ScatterElements``) do not exist."""
-
-_INDICES = "\n".join(f"at_{i} = Constant <value = int64[1] {{{i}}}> ()" for i in range(6))
+from ..spelling import INDICES, Reductions, parse_body
 
 _CONSTANTS = f"""
-    {_INDICES}
+    {INDICES}
     minus_one = Constant <value = int64[1] {{-1}}> ()
     no_dim = Constant <value = int64[0] {{}}> ()
     in_last = Constant <value = int64[4] {{1, 1, 1, -1}}> ()
@@ -488,14 +482,10 @@ def attention_body(opset: int) -> onnx.FunctionProto:
     """The function ``msd.Attention`` for a model of default-domain opset ``opset``.
 
     Raises:
-        ValueError: ``opset`` is below `OLDEST_OPSET`.
+        ValueError: ``opset`` is below `spelling.OLDEST_OPSET`.
     """
-    if opset < OLDEST_OPSET:
-        raise ValueError(f"msd.Attention has a body from opset {OLDEST_OPSET} on, got {opset}")
     reduce = Reductions(opset)
-    text = f"""
-<domain: "msd", opset_import: ["" : {opset}]>
-Attention <layout, cache, output_dtype>
+    text = f"""<layout, cache, output_dtype>
         (query, key, value, past_key, past_value, key_scale, value_scale, mask, sinks, lengths, plan, factors)
         => (Y, present_key, present_value, present_key_scale, present_value_scale) {{
     {_CONSTANTS}
@@ -511,4 +501,4 @@ Attention <layout, cache, output_dtype>
     Y = Reshape (y_typed, y_shape)
 }}
 """
-    return parser.parse_function(text)
+    return parse_body(opset, "Attention", text)

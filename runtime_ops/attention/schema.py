@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from onnx import defs
 
-from ..schemas import register
-
 DOMAIN = "msd"
 NAME = "Attention"
 VERSION = 1
@@ -57,8 +55,3 @@ SCHEMA = _Schema(
         _Schema.Attribute("output_dtype", _Schema.AttrType.INT, "TensorProto type of Y, which is that of query"),
     ],
 )
-
-
-def register_schema() -> None:
-    """Make the op known to onnx in this process; a second call does nothing."""
-    register(SCHEMA)

@@ -26,10 +26,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import onnx
-from onnx import parser
 
-from ..spelling import Reductions, reshape_with_zeros
-from .weight_body import GROUPS, OLDEST_OPSET, WEIGHT
+from ..spelling import Reductions, parse_body, reshape_with_zeros
+from .weight_body import GROUPS, WEIGHT
 
 
 @dataclass(frozen=True)
@@ -140,14 +139,10 @@ def matmul_body(opset: int) -> onnx.FunctionProto:
     """The function ``msd.MatMul`` for a model of default-domain opset ``opset``.
 
     Raises:
-        ValueError: ``opset`` is below `OLDEST_OPSET`.
+        ValueError: ``opset`` is below `spelling.OLDEST_OPSET`.
     """
-    if opset < OLDEST_OPSET:
-        raise ValueError(f"msd.MatMul has a body from opset {OLDEST_OPSET} on, got {opset}")
     reduce = Reductions(opset)
-    text = f"""
-<domain: "msd", opset_import: ["" : {opset}]>
-MatMul <layout, output_dtype> (A, B, scales, zero_points, offsets, bias, plan) => (Y) {{
+    text = f"""<layout, output_dtype> (A, B, scales, zero_points, offsets, bias, plan) => (Y) {{
     {WEIGHT}
     terms = Slice (plan, at_3, at_4)
     per_row = Slice (plan, at_4, at_5)
@@ -203,4 +198,4 @@ MatMul <layout, output_dtype> (A, B, scales, zero_points, offsets, bias, plan) =
     {reshape_with_zeros(opset, "Y", "y_typed", "y_shape")}
 }}
 """
-    return parser.parse_function(text)
+    return parse_body(opset, "MatMul", text)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from onnx import defs
 
-from ..schemas import register
-
 DOMAIN = "msd"
 NAME = "MatMul"
 VERSION = 1
@@ -37,8 +35,3 @@ SCHEMA = _Schema(
         _Schema.Attribute("output_dtype", _Schema.AttrType.INT, "TensorProto type of Y, which is that of A"),
     ],
 )
-
-
-def register_schema() -> None:
-    """Make the op known to onnx in this process; a second call does nothing."""
-    register(SCHEMA)

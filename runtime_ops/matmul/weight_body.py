@@ -7,13 +7,10 @@ that when a session starts, and a broadcast or transpose of single bytes is twen
 
 from __future__ import annotations
 
-OLDEST_OPSET = 11
-"""Below it the bodies' ops (``Round``, ``BitShift``, ``Range``) do not exist."""
-
-_INDICES = "\n".join(f"at_{i} = Constant <value = int64[1] {{{i}}}> ()" for i in range(6))
+from ..spelling import INDICES
 
 WEIGHT = f"""
-    {_INDICES}
+    {INDICES}
     minus_one = Constant <value = int64[1] {{-1}}> ()
     k = Slice (plan, at_0, at_1)
     bits = Slice (plan, at_1, at_2)

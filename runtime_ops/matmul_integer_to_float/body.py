@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import onnx
-from onnx import parser
 
-from ..matmul.weight_body import GROUPS, OLDEST_OPSET, WEIGHT
-from ..spelling import reshape_with_zeros
+from ..matmul.weight_body import GROUPS, WEIGHT
+from ..spelling import parse_body, reshape_with_zeros
 
 
 @dataclass(frozen=True)
@@ -107,13 +106,9 @@ def matmul_integer_to_float_body(opset: int) -> onnx.FunctionProto:
     """The function ``msd.MatMulIntegerToFloat`` for a model of default-domain opset ``opset``.
 
     Raises:
-        ValueError: ``opset`` is below `OLDEST_OPSET`.
+        ValueError: ``opset`` is below `spelling.OLDEST_OPSET`.
     """
-    if opset < OLDEST_OPSET:
-        raise ValueError(f"msd.MatMulIntegerToFloat has a body from opset {OLDEST_OPSET} on, got {opset}")
-    text = f"""
-<domain: "msd", opset_import: ["" : {opset}]>
-MatMulIntegerToFloat <layout>
+    text = f"""<layout>
         (A, a_scale, a_zero_point, B, scales, zero_points, bias, plan) => (Y) {{
     {WEIGHT}
     code_bits = Slice (plan, at_3, at_4)
@@ -164,4 +159,4 @@ MatMulIntegerToFloat <layout>
     {reshape_with_zeros(opset, "Y", "y_rows", "y_shape")}
 }}
 """
-    return parser.parse_function(text)
+    return parse_body(opset, "MatMulIntegerToFloat", text)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from onnx import defs
 
-from ..schemas import register
-
 DOMAIN = "msd"
 NAME = "MatMulIntegerToFloat"
 VERSION = 1
@@ -37,8 +35,3 @@ SCHEMA = _Schema(
         ),
     ],
 )
-
-
-def register_schema() -> None:
-    """Make the op known to onnx in this process; a second call does nothing."""
-    register(SCHEMA)

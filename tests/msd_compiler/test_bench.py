@@ -38,6 +38,7 @@ from msd_compiler.bench.linear import OURS, PORTABLE, WAYS, Weight
 from msd_compiler.bench.machine import read_bytes_per_second
 from msd_compiler.bench.profile import site_times
 from msd_compiler.bench.timing import LEAST_RUNS, Time, in_turns
+from msd_compiler.runtime import runtime_version
 
 TINY_LLAMA = Path(str(files("msd_compiler") / "data" / "tiny_llama.onnx"))
 GRAPH = """(float[M, 64] x) => (float[M, 48] y) {
@@ -50,7 +51,7 @@ GRID = LinearGrid(
     weights=(Weight("int8 per channel", 8, None), Weight("int8 block 128", 8, 128), Weight("int4 block 32", 4, 32)),
     read_bytes=2**16,
 )
-RUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+RUNTIME = runtime_version()
 
 
 @pytest.fixture(scope="module")

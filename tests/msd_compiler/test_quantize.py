@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 from support import (
@@ -31,7 +30,7 @@ from msd_compiler.errors import ModelError, OptionError
 from msd_compiler.facts import ReasonCode
 from msd_compiler.quantize import Quantization, quantize
 from msd_compiler.report import Method, Outcome
-from msd_compiler.runtime import open_model
+from msd_compiler.runtime import open_model, runtime_version
 from msd_compiler.source import Source, load
 
 rounding = importlib.import_module("msd_compiler.quantize")
@@ -43,7 +42,7 @@ except OptionError as error:  # onnx_ir, which onnxruntime 1.24 and later import
 DATA = Path(__file__).parents[1] / "data/exported"
 SHARED = Path(__file__).parents[3] / "shared/models/exported"
 
-RUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+RUNTIME = runtime_version()
 ROUNDS_TO_8 = (1, 22)
 RUNS_8 = (1, 23)
 

@@ -2,18 +2,15 @@
 
 from collections import Counter
 from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
 from attention_facts import assert_facts, linked_of
 from msd_compiler.passes import ATTENTION_READERS
+from real_models import files
 
 from msd_compiler.attention import AttentionSite
 from msd_compiler.reader import find_sites
 from msd_compiler.runtime import RuntimeRefused, open_model
-
-COMMITTED = Path(__file__).parents[1] / "data/exported"
-SHARED = Path(__file__).parents[3] / "shared/models"
 
 OPS = frozenset(
     {
@@ -48,16 +45,6 @@ SITES = (
     ("repo/ortpy_*attention*", "no_cache", 1),
     ("repo/*", {}, None),
 )
-
-
-def files():
-    for path in sorted(COMMITTED.glob("*.onnx")):
-        yield pytest.param(path, f"exported/{path.name}", id=path.stem)
-    for path in sorted(SHARED.rglob("*.onnx")):
-        name = path.relative_to(SHARED).as_posix()
-        yield pytest.param(path, name, id=name.removesuffix(".onnx"), marks=pytest.mark.slow)
-    if not SHARED.is_dir():
-        yield pytest.param(None, "", id="shared models", marks=pytest.mark.skip(reason=f"{SHARED} is not here"))
 
 
 def counted(linked):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support import run
@@ -13,8 +12,9 @@ import msd_compiler
 from msd_compiler.compare import relative_l2
 from msd_compiler.facts import ReasonCode
 from msd_compiler.report import Outcome
+from msd_compiler.runtime import runtime_version
 
-RUNTIME = tuple(int(part) for part in ort.__version__.split(".")[:2])
+RUNTIME = runtime_version()
 pytestmark = pytest.mark.skipif(RUNTIME < (1, 27), reason="GroupQueryAttention keeps a low-bit cache from 1.27 on")
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16

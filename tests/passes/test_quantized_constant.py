@@ -7,7 +7,6 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -18,10 +17,11 @@ import msd_compiler
 from msd_compiler.facts import ReasonCode
 from msd_compiler.linked import Linked
 from msd_compiler.reader import find_sites
+from msd_compiler.runtime import runtime_version
 from msd_compiler.source import Source, load
 
 K, N = 40, 20
-RUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+RUNTIME = runtime_version()
 
 
 def floats(*shape, floats="float32"):

@@ -156,6 +156,26 @@ def variant(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Iterator[st
     library.msd_select_isa(b"")
 
 
+OPSETS = [11, 12, 13, 14, 17, 18, 21, 23, 25]
+
+
+@pytest.fixture(params=OPSETS, ids=lambda opset: f"opset{opset}")
+def opset(request: pytest.FixtureRequest) -> int:
+    """Runs the test at each of these opsets that the installed onnxruntime runs."""
+    graph = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["y"])],
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", request.param)], ir_version=8)
+    try:
+        ort.InferenceSession(model.SerializeToString(), options(native=False))
+    except Exception:
+        pytest.skip(f"onnxruntime {ort.__version__} does not run opset {request.param}")
+    return int(request.param)
+
+
 @pytest.fixture(scope="session")
 def native() -> Callable[..., np.ndarray]:
     """``native(a, site, threads=1)``: one run of the native op."""

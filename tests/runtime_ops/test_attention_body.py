@@ -8,36 +8,30 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from attention_support import ACTIVATIONS, INPUTS, OUTPUTS, assert_same_bits, make_case, open_model
-from msd_compiler.runtime_ops.attention.body import OLDEST_OPSET, attention_body
+from attention_support import (
+    ACTIVATIONS,
+    INPUTS,
+    MASK_KINDS,
+    MASK_SHAPES,
+    OUTPUTS,
+    assert_same_bits,
+    make_case,
+    mask_of,
+    open_model,
+)
+from msd_compiler.runtime_ops.attention.body import attention_body
 from msd_compiler.runtime_ops.attention.layout import LAYOUT
 from msd_compiler.runtime_ops.attention.reference import Attended
 from msd_compiler.runtime_ops.matmul.layout import Plan as RowPlan
 from msd_compiler.runtime_ops.matmul.reference import decompose
+from msd_compiler.runtime_ops.spelling import OLDEST_OPSET
 from onnx import TensorProto, helper, numpy_helper
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # of reference.py, where a test asks for it
 
-OPSETS = [11, 12, 13, 14, 17, 18, 21, 23, 25]
 SCALES = ["tensor", "channel", "dynamic"]
 TOLERANCE = {np.float32: 5e-4, np.float16: 1e-3, ml_dtypes.bfloat16: 4e-3}
 """Relative L2 distance of the body's Y from the reference's: rounding the probabilities, then both Y to their type."""
-
-
-@pytest.fixture(params=OPSETS, ids=lambda opset: f"opset{opset}")
-def opset(request, helpers):
-    graph = helper.make_graph(
-        [helper.make_node("Neg", ["x"], ["y"])],
-        "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", request.param)], ir_version=8)
-    try:
-        ort.InferenceSession(model.SerializeToString(), helpers.options(native=False))
-    except Exception:
-        pytest.skip(f"onnxruntime {ort.__version__} does not run opset {request.param}")
-    return request.param
 
 
 def model_of(case, opset, constant=()):
@@ -212,28 +206,10 @@ def test_what_lies_behind_the_valid_past_is_not_read(run, lengths, shared):
         assert_agrees(Attended(run(case).y, *case.reference()[1:]), Attended(expected.y, *case.reference()[1:]))
 
 
-MASKS = [
-    (1, 1, 1, 1),
-    (2, 1, 1, 1),
-    (1, 4, 1, 1),
-    (1, 1, 5, 1),
-    (1, 1, 1, 305),
-    (2, 4, 5, 305),
-    (2, 1, 5, 400),
-    (1, 4, 1, 306),
-]
-
-
-@pytest.mark.parametrize("shape", MASKS)
-@pytest.mark.parametrize("kind", ["finite", "boolean", "lowest"])
+@pytest.mark.parametrize("shape", MASK_SHAPES)
+@pytest.mark.parametrize("kind", MASK_KINDS)
 def test_mask(run, shape, kind):
-    rng = np.random.default_rng(3)
-    hidden = rng.random(shape) < 0.4
-    mask = {
-        "finite": rng.normal(size=shape),
-        "boolean": np.where(hidden, -np.inf, 0),
-        "lowest": np.where(hidden, np.finfo(np.float32).min, 0),
-    }[kind]
+    mask = mask_of(kind, shape)
     for changes in ({"lengths": [300, 2]}, {"lengths": [300, 299], "shared": True, "past": 310}):
         for scales in ("channel", "dynamic"):
             for cap in (0, 5):

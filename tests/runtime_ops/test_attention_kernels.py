@@ -4,7 +4,17 @@ import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 import pytest
-from attention_support import INPUTS, Native, assert_same_bits, make_case, open_model, options
+from attention_support import (
+    INPUTS,
+    MASK_KINDS,
+    MASK_SHAPES,
+    Native,
+    assert_same_bits,
+    make_case,
+    mask_of,
+    open_model,
+    options,
+)
 from msd_compiler.runtime_ops.attention import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # of reference.py, where a test asks for it
@@ -71,28 +81,10 @@ def test_window(variant, native, window, causal):
             assert_same_bits(native(case), case.reference())
 
 
-MASKS = [
-    (1, 1, 1, 1),
-    (2, 1, 1, 1),
-    (1, 4, 1, 1),
-    (1, 1, 5, 1),
-    (1, 1, 1, 305),
-    (2, 4, 5, 305),
-    (2, 1, 5, 400),
-    (1, 4, 1, 306),
-]
-
-
-@pytest.mark.parametrize("shape", MASKS)
-@pytest.mark.parametrize("kind", ["finite", "boolean", "lowest"])
+@pytest.mark.parametrize("shape", MASK_SHAPES)
+@pytest.mark.parametrize("kind", MASK_KINDS)
 def test_mask(variant, native, shape, kind):
-    rng = np.random.default_rng(3)
-    hidden = rng.random(shape) < 0.4
-    mask = {
-        "finite": rng.normal(size=shape),
-        "boolean": np.where(hidden, -np.inf, 0),
-        "lowest": np.where(hidden, np.finfo(np.float32).min, 0),
-    }[kind]
+    mask = mask_of(kind, shape)
     for scales in ("channel", "dynamic"):
         for cap in (0, 5):
             case = make_case(

@@ -8,6 +8,8 @@ from msd_compiler.runtime_ops.attention.layout import LAYOUT
 from msd_compiler.runtime_ops.attention.schema import SCHEMA
 from onnx import TensorProto, helper
 
+from msd_compiler.runtime import runtime_version
+
 WHO = r"msd\.Attention \(node 'site'\): "
 
 
@@ -251,9 +253,7 @@ def group_query_attention(case, **attributes):
     return y.reshape(b, s, heads, -1).transpose(0, 2, 1, 3), key, val
 
 
-@pytest.mark.skipif(
-    tuple(int(part) for part in ort.__version__.split(".")[:2]) < (1, 27), reason="its cache has codes since 1.27"
-)
+@pytest.mark.skipif(runtime_version() < (1, 27), reason="its cache has codes since 1.27")
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("scales", ["tensor", "channel"])
 @pytest.mark.parametrize("changes", [{}, {"window": 5}, {"cap": 3}, {"mask": True}, {"cap": 3, "mask": True}])

@@ -5,26 +5,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from msd_compiler.runtime_ops.matmul.body import OLDEST_OPSET, matmul_body
+from msd_compiler.runtime_ops.matmul.body import matmul_body
+from msd_compiler.runtime_ops.spelling import OLDEST_OPSET
 from onnx import TensorProto, helper, numpy_helper
-
-OPSETS = [11, 12, 13, 17, 18, 21, 23, 25]
-
-
-@pytest.fixture(params=OPSETS, ids=lambda opset: f"opset{opset}")
-def opset(request, helpers):
-    graph = helper.make_graph(
-        [helper.make_node("Neg", ["x"], ["y"])],
-        "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", request.param)], ir_version=8)
-    try:
-        ort.InferenceSession(model.SerializeToString(), helpers.options(native=False))
-    except Exception:
-        pytest.skip(f"onnxruntime {ort.__version__} does not run opset {request.param}")
-    return request.param
 
 
 def model_of(opset, nodes, inputs, outputs, initializers):
