@@ -8,6 +8,14 @@
 #else
 #include <cpuid.h>
 #endif
+#elif defined(MSD_ARM64)
+#if defined(_WIN32)
+#include <windows.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #endif
 
 namespace msd {
@@ -45,10 +53,10 @@ uint64_t saved_registers() {
 
 bool has_all(uint32_t flags, uint32_t wanted) { return (flags & wanted) == wanted; }
 
-bool has_avx2_and_f16c() {
+bool has_avx2_f16c_and_fma() {
   const Registers one = cpuid(1);
-  constexpr uint32_t kOsXsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;
-  if (!has_all(one.ecx, kOsXsave | kAvx | kF16c)) return false;
+  constexpr uint32_t kFma = 1u << 12, kOsXsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;
+  if (!has_all(one.ecx, kFma | kOsXsave | kAvx | kF16c)) return false;
   constexpr uint64_t kXmmAndYmm = 0x6;
   if ((saved_registers() & kXmmAndYmm) != kXmmAndYmm) return false;
   return has_all(cpuid(7).ebx, 1u << 5);
@@ -67,6 +75,23 @@ bool has_avx512_vnni() {
   const Registers seven = cpuid(7);
   return has_all(seven.ebx, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31) && has_all(seven.ecx, 1u << 11);
 }
+#elif defined(MSD_ARM64)
+// NEON itself every such processor has.
+bool has_neon_dotprod() {
+#if defined(_WIN32)
+  constexpr DWORD kDotprod = 43;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE, which older headers lack
+  return IsProcessorFeaturePresent(kDotprod) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+#elif defined(__linux__)
+  constexpr unsigned long kDotprod = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kDotprod) != 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 }  // namespace
@@ -78,7 +103,7 @@ bool machine_has(Isa isa) {
       return true;
 #if defined(MSD_X86)
     case Isa::kAvx2: {
-      static const bool has = has_avx2_and_f16c();
+      static const bool has = has_avx2_f16c_and_fma();
       return has;
     }
     case Isa::kAvxVnni: {
@@ -87,6 +112,11 @@ bool machine_has(Isa isa) {
     }
     case Isa::kAvx512Vnni: {
       static const bool has = has_avx512_vnni();
+      return has;
+    }
+#elif defined(MSD_ARM64)
+    case Isa::kNeonDotprod: {
+      static const bool has = has_neon_dotprod();
       return has;
     }
 #endif

@@ -82,7 +82,8 @@ void multiply_rows(const OrtApi* api, const OrtKernelContext* context, const Ker
       const int64_t first = static_cast<int64_t>(task) * rows_per_task;
       fill(panel, row, first, std::min(first + rows_per_task, panel.rows));
     });
-    const int64_t tiles_per_task = std::clamp<int64_t>(kSmallestTask / (plan.k * kTile * panel.rows), 1, tiles);
+    const int64_t worthwhile = kSmallestTask / (plan.k * kTile * panel.rows);
+    const int64_t tiles_per_task = std::max<int64_t>(ceil_div(worthwhile, kTilesTogether), 1) * kTilesTogether;
     parallel_for(api, context, static_cast<size_t>(ceil_div(tiles, tiles_per_task)), [&](size_t task) noexcept {
       const int64_t first = static_cast<int64_t>(task) * tiles_per_task;
       kernel.multiply(plan, weight, panel, first, std::min(first + tiles_per_task, tiles), panel_output);

@@ -38,7 +38,8 @@ struct Vector {
   int64_t scale_step;
 };
 
-// Codes of x * scale as 16 bits, `padded` of them, the last ones 0. Returns the value of a code.
+// Codes of x * scale as 16 bits, `padded` of them, the last ones 0. Returns the value of a code. Here and in weights
+// each 16 codes have 32 bytes, which are in the variant's own order.
 using Decompose = float (*)(const Vector& x, int64_t padded, int16_t* codes);
 
 // Codes of x by its scales, in [-largest - 1, largest]; without scales by its own peak, in [-largest, largest].
@@ -111,17 +112,35 @@ void logits_avx2(const int16_t*, int64_t, const Tokens&, int16_t*, int32_t*);
 Share soften_avx2(const Softmax&, int32_t*, int16_t*);
 void mix_avx2(const int16_t*, int64_t, const Tokens&, int16_t*, int32_t*);
 
+void logits_avxvnni(const int16_t*, int64_t, const Tokens&, int16_t*, int32_t*);
+void mix_avxvnni(const int16_t*, int64_t, const Tokens&, int16_t*, int32_t*);
+
 void logits_avx512vnni(const int16_t*, int64_t, const Tokens&, int16_t*, int32_t*);
 Share soften_avx512(const Softmax&, int32_t*, int16_t*);
 void mix_avx512vnni(const int16_t*, int64_t, const Tokens&, int16_t*, int32_t*);
+
+float decompose_neondotprod(const Vector&, int64_t, int16_t*);
+float quantize_neondotprod(const Vector&, int, int8_t*);
+void unpack_neondotprod(const uint8_t*, int64_t, int8_t*);
+void logits_neondotprod(const int16_t*, int64_t, const Tokens&, int16_t*, int32_t*);
+Share soften_neondotprod(const Softmax&, int32_t*, int16_t*);
+void mix_neondotprod(const int16_t*, int64_t, const Tokens&, int16_t*, int32_t*);
 
 inline constexpr Variant<Kernel> kVariants[] = {
 #if defined(MSD_AVX512_VNNI)
     {Isa::kAvx512Vnni,
      {decompose_avx2, quantize_avx2, unpack_avx2, logits_avx512vnni, soften_avx512, mix_avx512vnni}},
 #endif
+#if defined(MSD_AVX_VNNI)
+    {Isa::kAvxVnni, {decompose_avx2, quantize_avx2, unpack_avx2, logits_avxvnni, soften_avx2, mix_avxvnni}},
+#endif
 #if defined(MSD_X86)
     {Isa::kAvx2, {decompose_avx2, quantize_avx2, unpack_avx2, logits_avx2, soften_avx2, mix_avx2}},
+#endif
+#if defined(MSD_NEON_DOTPROD)
+    {Isa::kNeonDotprod,
+     {decompose_neondotprod, quantize_neondotprod, unpack_neondotprod, logits_neondotprod, soften_neondotprod,
+      mix_neondotprod}},
 #endif
     {Isa::kScalar, {decompose_scalar, quantize_scalar, unpack_scalar, logits_scalar, soften_scalar, mix_scalar}},
 };

@@ -14,7 +14,9 @@ namespace {
 
 constexpr int kRowsAtOnce = 8;
 constexpr int kTilesAtOnce = 2;
-constexpr int kAhead = 1024;  // bytes
+constexpr int kFewRows = 2, kTilesOfFewRows = 4;  // more tiles, for sums of few rows wait for each other
+template <int kRows>
+constexpr int kAhead = kRows == 1 ? 256 : 1024;  // bytes: how soon they are needed
 
 // A pair of k of 16 columns: number `pair` of a line's 16 / kBits. Pair 2u is the even bytes' code number u, pair
 // 2u + 1 the odd bytes'.
@@ -26,20 +28,17 @@ MSD_INLINE __m512i widened_pair(__m512i line, int pair) {
   return line;
 }
 
-// Sums of w * Q over a group, w as stored, of kRows rows and kTiles tiles, whose lines lie `tile_step` apart.
+// Adds the products w * Q of a group, w as stored, of kRows rows and kTiles tiles, whose lines lie `tile_step` apart.
 template <int kBits, int kRows, int kTiles>
-MSD_INLINE void products_of_lines(const uint8_t* lines, int64_t tile_step, int64_t count, const int16_t* codes,
-                                  int64_t stride, __m512i (&acc)[kRows][kTiles]) {
+MSD_INLINE void add_products(const uint8_t* lines, int64_t tile_step, int64_t count, const int16_t* codes,
+                             int64_t stride, __m512i (&acc)[kRows][kTiles]) {
   constexpr int kPairs = 16 / kBits;
-  MSD_UNROLL for (int r = 0; r < kRows; ++r) {
-    MSD_UNROLL for (int t = 0; t < kTiles; ++t) acc[r][t] = _mm512_setzero_si512();
-  }
   for (const uint8_t* end = lines + count * kLine; lines != end; lines += kLine, codes += 2 * kPairs) {
     __m512i line[kTiles];
     MSD_UNROLL for (int t = 0; t < kTiles; ++t) line[t] = _mm512_loadu_si512(lines + t * tile_step);
     // The processor's own prefetching stops at pages. Beyond the weight's end it asks in vain, which does no harm.
     MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
-      _mm_prefetch(reinterpret_cast<const char*>(lines + t * tile_step + kAhead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(lines + t * tile_step + kAhead<kRows>), _MM_HINT_T0);
     }
     MSD_UNROLL for (int pair = 0; pair < kPairs; ++pair) {
       __m512i w[kTiles];
@@ -63,14 +62,20 @@ MSD_INLINE __m512i load_columns(const Columns<uint8_t>& columns, int64_t tile, i
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
 }
 
+// -z * R of a tile.
+MSD_INLINE __m512i zero_point_part(const Weight& weight, int64_t tile, int64_t group, int32_t code_sum) {
+  if (weight.zero_points.single) return _mm512_set1_epi32(-weight.zero_points.base[0] * code_sum);
+  const __m512i zero_points = load_columns(weight.zero_points, tile, group);
+  return _mm512_mullo_epi32(zero_points, _mm512_set1_epi32(-code_sum));
+}
+
 // What the shift of given codes adds to C: that many times the sum of w - z.
 template <int kBits>
-MSD_INNER __m512i shift_part(const Plan& plan, const Panel& panel, const uint8_t* lines, int64_t g,
-                             __m512i zero_points) {
-  __m512i c[1][1];
-  products_of_lines<kBits, 1, 1>(lines, 0, plan.lines, panel.ones + g * plan.stride, plan.stride, c);
-  const __m512i sum = _mm512_sub_epi32(c[0][0], _mm512_mullo_epi32(zero_points, _mm512_set1_epi32(panel.ones_sums[g])));
-  return _mm512_mullo_epi32(sum, _mm512_set1_epi32(panel.shift));
+MSD_INNER __m512i shift_part(const Plan& plan, const Weight& weight, const Panel& panel, const uint8_t* lines,
+                             int64_t tile, int64_t g) {
+  __m512i c[1][1] = {{zero_point_part(weight, tile, g, panel.ones_sums[g])}};
+  add_products<kBits, 1, 1>(lines, 0, plan.lines, panel.ones + g * plan.stride, plan.stride, c);
+  return _mm512_mullo_epi32(c[0][0], _mm512_set1_epi32(panel.shift));
 }
 
 // C of a group. In between it may exceed int32, in the end it does not: right modulo 2^32.
@@ -79,16 +84,14 @@ MSD_INLINE void group_sums(const Plan& plan, const Weight& weight, const Panel& 
                            int64_t at, __m512i (&c)[kRows][kTiles]) {
   const int64_t tile_step = plan.groups * plan.lines * kLine;
   const uint8_t* lines = weight.b + tile * tile_step + g * plan.lines * kLine;
-  products_of_lines<kBits>(lines, tile_step, plan.lines, panel.codes + at * plan.stride, plan.stride, c);
   MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
-    const __m512i zero_points = load_columns(weight.zero_points, tile + t, g);
-    MSD_UNROLL for (int r = 0; r < kRows; ++r) {
-      c[r][t] = _mm512_sub_epi32(c[r][t], _mm512_mullo_epi32(zero_points, _mm512_set1_epi32(panel.sums[at + r])));
-    }
-    if (panel.shift != 0) {
-      const __m512i shifted = shift_part<kBits>(plan, panel, lines + t * tile_step, g, zero_points);
-      MSD_UNROLL for (int r = 0; r < kRows; ++r) c[r][t] = _mm512_add_epi32(c[r][t], shifted);
-    }
+    MSD_UNROLL for (int r = 0; r < kRows; ++r) c[r][t] = zero_point_part(weight, tile + t, g, panel.sums[at + r]);
+  }
+  add_products<kBits>(lines, tile_step, plan.lines, panel.codes + at * plan.stride, plan.stride, c);
+  if (panel.shift == 0) return;
+  MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
+    const __m512i shifted = shift_part<kBits>(plan, weight, panel, lines + t * tile_step, tile + t, g);
+    MSD_UNROLL for (int r = 0; r < kRows; ++r) c[r][t] = _mm512_add_epi32(c[r][t], shifted);
   }
 }
 
@@ -243,6 +246,11 @@ void multiply_bits(const Plan& plan, const Weight& weight, const Panel& panel, i
                    const Output& output) {
   int64_t tile = first;
   if (plan.terms != 3 && !plan.is_one_sum) {
+    if (panel.rows <= kFewRows) {
+      for (; tile + kTilesOfFewRows <= last; tile += kTilesOfFewRows) {
+        multiply_rows<kBits, kFewRows, kTilesOfFewRows>(plan, weight, panel, 0, tile, output);
+      }
+    }
     for (; tile + kTilesAtOnce <= last; tile += kTilesAtOnce) {
       multiply_rows<kBits, kRowsAtOnce, kTilesAtOnce>(plan, weight, panel, 0, tile, output);
     }

@@ -29,6 +29,7 @@ constexpr int kQuad = 4;            // consecutive k of one column in a line
 constexpr int kLine = 64;           // bytes
 constexpr int kLongestGroup = 256;  // K-steps: 256 products of a code and |w - z| <= 255 fit int32
 constexpr int kMostRows = 128;      // of a panel
+constexpr int kTilesTogether = 4;   // kernels are fastest with so many at a time, or a multiple
 
 // Peaks, the largest |x| of a group or row, are kept as float bits: they order like the magnitudes, Inf and NaN on top.
 constexpr uint32_t kInfinity = 0x7f800000u;
@@ -70,14 +71,14 @@ struct Weight {
 struct Panel {
   int64_t rows;
   int16_t* codes;   // [planes, groups, rows, stride]; the order within a row's group is the variant's own, tail 0
-  int32_t* sums;    // [planes, groups, rows], R
+  int32_t* sums;    // [planes, groups, rows], R, or what the variant gets R and more from
   float* scales;    // [groups, rows], s_x; terms 1 and 2
   double* scales64;  // likewise for 3 terms
 
   // Of given codes: Q = code + shift. The shift's part of C is that of a row of ones, the sum of w - z over the group.
   int32_t shift;
   const int16_t* ones;       // [groups, stride], in the variant's order; tail 0
-  const int32_t* ones_sums;  // [groups]: K-steps of the group
+  const int32_t* ones_sums;  // [groups]: K-steps of the group, as `sums` has them
 };
 
 // Types that given codes have.
@@ -116,6 +117,9 @@ void load_codes_avx2(const Plan&, const Codes&, const Panel&, int64_t, int64_t);
 void multiply_avx2(const Plan&, const Weight&, const Panel&, int64_t, int64_t, const Output&);
 void multiply_avxvnni(const Plan&, const Weight&, const Panel&, int64_t, int64_t, const Output&);
 void multiply_avx512vnni(const Plan&, const Weight&, const Panel&, int64_t, int64_t, const Output&);
+void decompose_neondotprod(const Plan&, const void*, Real, const Panel&, int64_t, int64_t);
+void load_codes_neondotprod(const Plan&, const Codes&, const Panel&, int64_t, int64_t);
+void multiply_neondotprod(const Plan&, const Weight&, const Panel&, int64_t, int64_t, const Output&);
 
 // The sets with VNNI keep AVX2's order of codes, and with it what writes them.
 inline constexpr Variant<Kernel> kVariants[] = {
@@ -127,6 +131,9 @@ inline constexpr Variant<Kernel> kVariants[] = {
 #endif
 #if defined(MSD_X86)
     {Isa::kAvx2, {decompose_avx2, load_codes_avx2, multiply_avx2}},
+#endif
+#if defined(MSD_NEON_DOTPROD)
+    {Isa::kNeonDotprod, {decompose_neondotprod, load_codes_neondotprod, multiply_neondotprod}},
 #endif
     {Isa::kScalar, {decompose_scalar, load_codes_scalar, multiply_scalar}},
 };

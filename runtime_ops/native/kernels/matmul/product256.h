@@ -1,7 +1,7 @@
 // The product on 256-bit vectors, for avx2.cc and avxvnni.cc: 16 columns of 1 to 4 rows at a time.
 //
-// Few rows: weights widened on the fly, the zero point taken off the finished sum. Many: widened once per group into a
-// buffer, zero point taken off there. The sums are the same integers.
+// Few rows: weights widened on the fly, sums begin with the zero point's part, all groups of a tile in one loop. Many:
+// widened once per group into a buffer, zero point taken off there. The sums are the same integers.
 //
 // The file that includes this says how 16 products join 8 sums: MSD_ADD_PRODUCTS_TO. All of it is in an unnamed
 // namespace: each file has its own, for its own instruction set.
@@ -18,6 +18,11 @@ namespace msd::matmul {
 namespace {
 
 constexpr int kRowsAtOnce = 4;
+constexpr int kTilesOfOneRow = 4;
+// Bytes that weights are asked for ahead. The processor's own prefetching stops at pages: one stream needs the next page,
+// several keep it busy enough. Beyond the weight's end it asks in vain, which does no harm.
+template <int kTiles>
+constexpr int kAhead = kTiles == 1 ? 4096 : 256;
 constexpr int64_t kFewRows = 8;  // up to here widening the weight for every four rows costs less than a buffer
 
 // A pair of k of 16 columns, [columns 0..7 | 8..15]: number `pair` of a line's 16 / kBits, in the order that the codes
@@ -37,41 +42,38 @@ inline void load_line(const uint8_t* line, __m256i (&bytes)[2]) {
   bytes[1] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + 1);
 }
 
-// Sums of w * Q over a group, w as stored, of kRows rows: to[2 * r + half].
-template <int kBits, int kRows>
-MSD_INNER void products_of_lines(const uint8_t* lines, int64_t count, const int16_t* codes, int64_t stride,
-                                 __m256i* to) {
+// Adds the products w * Q of a group, w as stored, of kRows rows and kTiles tiles, whose lines lie `tile_step` apart.
+template <int kBits, int kRows, int kTiles>
+MSD_INLINE void add_products_of_lines(const uint8_t* lines, int64_t tile_step, int64_t count, const int16_t* codes,
+                                      int64_t stride, __m256i (&acc)[kTiles][kRows][2]) {
   constexpr int kPairs = 16 / kBits;
-  __m256i acc[kRows][2];
-  MSD_UNROLL for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
   for (const uint8_t* end = lines + count * kLine; lines != end; lines += kLine, codes += 2 * kPairs) {
-    __m256i line[2];
-    load_line(lines, line);
-    MSD_UNROLL for (int pair = 0; pair < kPairs; ++pair) {
-      __m256i w[2];
-      widen_pair<kBits>(line, pair, w);
-      MSD_UNROLL for (int r = 0; r < kRows; ++r) {
-        const __m256i q = broadcast_pair(codes + r * stride + 2 * pair);
-        if constexpr (kRows == 1) {  // one row's sums would wait for each other where products and sum are one step
-          MSD_ADD_TO(acc[r][0], _mm256_madd_epi16(w[0], q));
-          MSD_ADD_TO(acc[r][1], _mm256_madd_epi16(w[1], q));
-        } else {
-          MSD_ADD_PRODUCTS_TO(acc[r][0], w[0], q);
-          MSD_ADD_PRODUCTS_TO(acc[r][1], w[1], q);
+    MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
+      __m256i line[2];
+      load_line(lines + t * tile_step, line);
+      _mm_prefetch(reinterpret_cast<const char*>(lines + t * tile_step + kAhead<kTiles>), _MM_HINT_T0);
+      MSD_UNROLL for (int pair = 0; pair < kPairs; ++pair) {
+        __m256i w[2];
+        widen_pair<kBits>(line, pair, w);
+        MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+          const __m256i q = broadcast_pair(codes + r * stride + 2 * pair);
+          if constexpr (kRows == 1) {  // one row's sums would wait for each other where products and sum are one step
+            MSD_ADD_TO(acc[t][r][0], _mm256_madd_epi16(w[0], q));
+            MSD_ADD_TO(acc[t][r][1], _mm256_madd_epi16(w[1], q));
+          } else {
+            MSD_ADD_PRODUCTS_TO(acc[t][r][0], w[0], q);
+            MSD_ADD_PRODUCTS_TO(acc[t][r][1], w[1], q);
+          }
         }
       }
     }
   }
-  MSD_UNROLL for (int r = 0; r < kRows; ++r) {
-    _mm256_store_si256(to + 2 * r, acc[r][0]);
-    _mm256_store_si256(to + 2 * r + 1, acc[r][1]);
-  }
 }
 
-// The same of weights from `widen_group`, which has taken the zero point off.
+// Sums of w * Q over a group of kRows rows, weights from `widen_group`, which has taken the zero point off.
 template <int kRows>
 MSD_INNER void products_of_widened(const __m256i* widened, int64_t pairs, const int16_t* codes, int64_t stride,
-                                   __m256i* to) {
+                                   __m256i (&to)[kRows][2]) {
   __m256i acc[kRows][2];
   MSD_UNROLL for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
   for (const __m256i* end = widened + 2 * pairs; widened != end; widened += 2, codes += 2) {
@@ -83,8 +85,29 @@ MSD_INNER void products_of_widened(const __m256i* widened, int64_t pairs, const 
     }
   }
   MSD_UNROLL for (int r = 0; r < kRows; ++r) {
-    _mm256_store_si256(to + 2 * r, acc[r][0]);
-    _mm256_store_si256(to + 2 * r + 1, acc[r][1]);
+    to[r][0] = acc[r][0];
+    to[r][1] = acc[r][1];
+  }
+}
+
+// -z * R. With the products it may exceed int32 in between, in the end it does not: right modulo 2^32.
+MSD_INLINE void set_zero_point_part(const __m256i (&zero_points)[2], int32_t code_sum, __m256i (&acc)[2]) {
+  const __m256i negative = _mm256_set1_epi32(-code_sum);
+  for (int half = 0; half < 2; ++half) acc[half] = _mm256_mullo_epi32(zero_points[half], negative);
+}
+
+template <int kBits, int kRows>
+MSD_INNER void products_of_lines(const uint8_t* lines, int64_t count, const int16_t* codes, int64_t stride,
+                                 __m256i (&to)[kRows][2]) {
+  __m256i acc[1][kRows][2];
+  MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+    acc[0][r][0] = to[r][0];
+    acc[0][r][1] = to[r][1];
+  }
+  add_products_of_lines<kBits>(lines, 0, count, codes, stride, acc);
+  MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+    to[r][0] = acc[0][r][0];
+    to[r][1] = acc[0][r][1];
   }
 }
 
@@ -130,19 +153,14 @@ void widen_group(const Plan& plan, const Group& group, __m256i* to) {
 
 // C of kRows rows: from `widened` weights, or from the lines if it is null.
 template <int kBits, int kRows>
-inline void products(const Plan& plan, const Group& group, const __m256i* widened, const int16_t* codes,
-                     const int32_t* sums, __m256i* to) {
+void products(const Plan& plan, const Group& group, const __m256i* widened, const int16_t* codes, const int32_t* sums,
+              __m256i (&c)[kRows][2]) {
   if (widened != nullptr) {
     const int64_t pairs = (plan.block_size + kQuad - 1) / kQuad * 2;
-    return products_of_widened<kRows>(widened, pairs, codes, plan.stride, to);
-  }
-  products_of_lines<kBits, kRows>(group.lines, plan.lines, codes, plan.stride, to);
-  for (int r = 0; r < kRows; ++r) {
-    const __m256i sum = _mm256_set1_epi32(sums[r]);
-    for (int half = 0; half < 2; ++half) {
-      // Either may exceed int32, their difference does not: it is right modulo 2^32.
-      to[2 * r + half] = _mm256_sub_epi32(to[2 * r + half], _mm256_mullo_epi32(group.zero_points[half], sum));
-    }
+    products_of_widened(widened, pairs, codes, plan.stride, c);
+  } else {
+    for (int r = 0; r < kRows; ++r) set_zero_point_part(group.zero_points, sums[r], c[r]);
+    products_of_lines<kBits>(group.lines, plan.lines, codes, plan.stride, c);
   }
 }
 
@@ -150,12 +168,12 @@ inline void products(const Plan& plan, const Group& group, const __m256i* widene
 template <int kBits, int kRows>
 void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const Group& group, const __m256i* widened,
                int64_t at, float* totals) {
-  __m256i c[2 * kRows];
-  products<kBits, kRows>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, c);
+  __m256i c[kRows][2];
+  products<kBits>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, c);
   for (int r = 0; r < kRows; ++r) {
     const __m256 s_x = _mm256_set1_ps(panel.scales[at + r]);
     for (int half = 0; half < 2; ++half) {
-      __m256 v = _mm256_cvtepi32_ps(_mm256_add_epi32(c[2 * r + half], group.shifts[half]));
+      __m256 v = _mm256_cvtepi32_ps(_mm256_add_epi32(c[r][half], group.shifts[half]));
       if (weight.has_offsets) {
         const __m256 sum = _mm256_set1_ps(static_cast<float>(panel.sums[at + r] + group.code_shift));
         v = _mm256_sub_ps(v, _mm256_mul_ps(group.offsets[half], sum));
@@ -170,11 +188,11 @@ void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const
 // The shift's part of C and R, into the group.
 template <int kBits>
 void add_shift(const Plan& plan, const Panel& panel, int64_t g, const __m256i* widened, Group& group) {
-  __m256i column_sums[2];
-  products<kBits, 1>(plan, group, widened, panel.ones + g * plan.stride, panel.ones_sums + g, column_sums);
+  __m256i column_sums[1][2];
+  products<kBits>(plan, group, widened, panel.ones + g * plan.stride, panel.ones_sums + g, column_sums);
   for (int half = 0; half < 2; ++half) {
     // Like C itself it may exceed int32 where the sum of both does not: right modulo 2^32.
-    group.shifts[half] = _mm256_mullo_epi32(column_sums[half], _mm256_set1_epi32(panel.shift));
+    group.shifts[half] = _mm256_mullo_epi32(column_sums[0][half], _mm256_set1_epi32(panel.shift));
   }
   group.code_shift = panel.shift * panel.ones_sums[g];
 }
@@ -183,11 +201,11 @@ void add_shift(const Plan& plan, const Panel& panel, int64_t g, const __m256i* w
 template <int kBits, int kRows>
 void add_exactly(const Plan& plan, const Panel& panel, const Group& group, const __m256i* widened, int64_t at,
                  double* totals) {
-  __m256i c[2 * kRows];
-  products<kBits, kRows>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, c);
+  __m256i c[kRows][2];
+  products<kBits>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, c);
   for (int r = 0; r < kRows; ++r) {
     for (int half = 0; half < 2; ++half) {
-      const __m256i sum = _mm256_add_epi32(c[2 * r + half], group.shifts[half]);
+      const __m256i sum = _mm256_add_epi32(c[r][half], group.shifts[half]);
       double* total = totals + r * kTile + 8 * half;
       const __m256d low = _mm256_cvtepi32_pd(_mm256_castsi256_si128(sum));
       const __m256d high = _mm256_cvtepi32_pd(_mm256_extracti128_si256(sum, 1));
@@ -203,9 +221,9 @@ void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const
                int64_t at, double* totals) {
   if (plan.is_one_sum) return add_exactly<kBits, kRows>(plan, panel, group, widened, at, totals);
   const int64_t plane = plan.groups * panel.rows;
-  __m256i high[2 * kRows], low[2 * kRows];
-  products<kBits, kRows>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, high);
-  products<kBits, kRows>(plan, group, widened, panel.codes + (plane + at) * plan.stride, panel.sums + plane + at, low);
+  __m256i high[kRows][2], low[kRows][2];
+  products<kBits>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, high);
+  products<kBits>(plan, group, widened, panel.codes + (plane + at) * plan.stride, panel.sums + plane + at, low);
   const __m256d base = _mm256_set1_pd(256);
   for (int r = 0; r < kRows; ++r) {
     const __m256d s_x = _mm256_set1_pd(panel.scales64[at + r]);
@@ -219,8 +237,8 @@ void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const
         return _mm256_cvtps_pd(quarter % 2 == 0 ? _mm256_castps256_ps128(x) : _mm256_extractf128_ps(x, 1));
       };
       // Exact: below 2^53.
-      __m256d v = _mm256_add_pd(_mm256_mul_pd(_mm256_cvtepi32_pd(part_i(high[2 * r + half])), base),
-                                _mm256_cvtepi32_pd(part_i(low[2 * r + half])));
+      __m256d v = _mm256_add_pd(_mm256_mul_pd(_mm256_cvtepi32_pd(part_i(high[r][half])), base),
+                                _mm256_cvtepi32_pd(part_i(low[r][half])));
       if (weight.has_offsets) v = _mm256_sub_pd(v, _mm256_mul_pd(part_d(group.offsets[half]), sum));
       const __m256d p = _mm256_mul_pd(s_x, part_d(group.scales[half]));
       double* total = totals + r * kTile + 4 * quarter;
@@ -273,6 +291,16 @@ void store_tile(const __m256 (&y)[2], int64_t columns, const Output& output, int
   }
 }
 
+struct TileColumns {
+  TileColumns(const Weight& weight, int64_t tile) : first(tile * kTile), bias{} {
+    const int64_t left = weight.n - first;
+    count = left < kTile ? left : kTile;
+    for (int64_t c = 0; c < count; ++c) bias[c] = weight.bias[first + c];
+  }
+  int64_t first, count;
+  float bias[kTile];
+};
+
 // `Total` is the type that sums are held in.
 template <int kBits, typename Total>
 void multiply_tiles(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
@@ -316,22 +344,76 @@ void multiply_tiles(const Plan& plan, const Weight& weight, const Panel& panel, 
       }
     }
 
-    const int64_t column = tile * kTile, left = weight.n - column, columns = left < kTile ? left : kTile;
-    float bias[kTile] = {};
-    for (int64_t c = 0; c < columns; ++c) bias[c] = weight.bias[column + c];
+    const TileColumns columns(weight, tile);
     for (int64_t row = 0; row < panel.rows; ++row) {
       __m256 result[2];
       if constexpr (std::is_same_v<Total, double>) {
         if (plan.is_one_sum) {
           const __m256 scales[2] = {load_columns(weight.scales, tile, 0, 0), load_columns(weight.scales, tile, 0, 1)};
-          finish_sum(totals + row * kTile, bias, panel.scales[row], scales, result);
-          store_tile(result, columns, output, row * weight.n + column);
+          finish_sum(totals + row * kTile, columns.bias, panel.scales[row], scales, result);
+          store_tile(result, columns.count, output, row * weight.n + columns.first);
           continue;
         }
       }
-      finish(totals + row * kTile, bias, result);
-      store_tile(result, columns, output, row * weight.n + column);
+      finish(totals + row * kTile, columns.bias, result);
+      store_tile(result, columns.count, output, row * weight.n + columns.first);
     }
+  }
+}
+
+// Rows [row, row + kRows) of the panel and tiles [tile, tile + kTiles): weights widened on the fly, sums in registers.
+template <int kBits, int kRows, int kTiles>
+MSD_INNER void multiply_few(const Plan& plan, const Weight& weight, const Panel& panel, int64_t row, int64_t tile,
+                            const Output& output) {
+  __m256 totals[kTiles][kRows][2];
+  MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
+    MSD_UNROLL for (int r = 0; r < kRows; ++r) totals[t][r][0] = totals[t][r][1] = _mm256_setzero_ps();
+  }
+  const int64_t tile_step = plan.groups * plan.lines * kLine;
+  const uint8_t* lines = weight.b + tile * tile_step;
+  for (int64_t g = 0; g < plan.groups; ++g, lines += plan.lines * kLine) {
+    const int64_t at = g * panel.rows + row;
+    __m256i c[kTiles][kRows][2];
+    MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
+      const __m256i zero_points[2] = {load_columns(weight.zero_points, tile + t, g, 0),
+                                      load_columns(weight.zero_points, tile + t, g, 1)};
+      MSD_UNROLL for (int r = 0; r < kRows; ++r) set_zero_point_part(zero_points, panel.sums[at + r], c[t][r]);
+    }
+    add_products_of_lines<kBits>(lines, tile_step, plan.lines, panel.codes + at * plan.stride, plan.stride, c);
+    MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
+      MSD_UNROLL for (int half = 0; half < 2; ++half) {
+        const __m256 scales = load_columns(weight.scales, tile + t, g, half);
+        MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+          __m256 v = _mm256_cvtepi32_ps(c[t][r][half]);
+          if (weight.has_offsets) {
+            const __m256 offsets = load_columns(weight.offsets, tile + t, g, half);
+            v = _mm256_sub_ps(v, _mm256_mul_ps(offsets, _mm256_set1_ps(static_cast<float>(panel.sums[at + r]))));
+          }
+          const __m256 p = _mm256_mul_ps(_mm256_set1_ps(panel.scales[at + r]), scales);
+          totals[t][r][half] = _mm256_add_ps(totals[t][r][half], _mm256_mul_ps(v, p));
+        }
+      }
+    }
+  }
+  MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
+    const TileColumns columns(weight, tile + t);
+    MSD_UNROLL for (int r = 0; r < kRows; ++r) {
+      const __m256 y[2] = {_mm256_add_ps(totals[t][r][0], _mm256_loadu_ps(columns.bias)),
+                           _mm256_add_ps(totals[t][r][1], _mm256_loadu_ps(columns.bias + 8))};
+      store_tile(y, columns.count, output, (row + r) * weight.n + columns.first);
+    }
+  }
+}
+
+// All rows of the panel, kRows at a time; what is left over in halves.
+template <int kBits, int kRows, int kTiles>
+void multiply_few_rows(const Plan& plan, const Weight& weight, const Panel& panel, int64_t row, int64_t tile,
+                       const Output& output) {
+  for (; row + kRows <= panel.rows; row += kRows) {
+    multiply_few<kBits, kRows, kTiles>(plan, weight, panel, row, tile, output);
+  }
+  if constexpr (kRows > 1) {
+    if (row < panel.rows) multiply_few_rows<kBits, kRows / 2, kTiles>(plan, weight, panel, row, tile, output);
   }
 }
 
@@ -340,6 +422,14 @@ void multiply_bits(const Plan& plan, const Weight& weight, const Panel& panel, i
                    const Output& output) {
   if (plan.terms == 3 || plan.is_one_sum) {
     multiply_tiles<kBits, double>(plan, weight, panel, first, last, output);
+  } else if (panel.rows <= kFewRows && panel.shift == 0) {
+    int64_t tile = first;
+    if (panel.rows == 1) {
+      for (; tile + kTilesOfOneRow <= last; tile += kTilesOfOneRow) {
+        multiply_few<kBits, 1, kTilesOfOneRow>(plan, weight, panel, 0, tile, output);
+      }
+    }
+    for (; tile < last; ++tile) multiply_few_rows<kBits, kRowsAtOnce, 1>(plan, weight, panel, 0, tile, output);
   } else {
     multiply_tiles<kBits, float>(plan, weight, panel, first, last, output);
   }
