@@ -9,11 +9,13 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
+
+from msd_compiler.bench.spellings import DataFile, random_scales
 
 FILE = "large.onnx"
 DATA = "large.data"
@@ -57,12 +59,12 @@ def write(folder: Path, parameters: Parameters) -> Path:
     nodes: list[onnx.NodeProto] = []
     stored: list[TensorProto] = []
     x = "x"
-    with (folder / DATA).open("wb") as data:
+    with DataFile(folder / DATA) as data:
         for number, (k, n) in enumerate(layer_sizes(parameters)):
             y = f"layers.{number}.y"
             if parameters.format == "int8":
-                codes = _external(f"layers.{number}.weight", TensorProto.INT8, (k, n), data, source.bytes(k * n))
-                scales = _stored(f"layers.{number}.scales", _scales(source, k, 256, n), data)
+                codes = data.add(f"layers.{number}.weight", TensorProto.INT8, (k, n), source.bytes(k * n))
+                scales = data.add_floats(f"layers.{number}.scales", random_scales(source, k, 256, n))
                 w = f"layers.{number}.dequantized"
                 nodes.append(helper.make_node("DequantizeLinear", [codes.name, scales.name], [w], w, axis=1))
                 nodes.append(helper.make_node("MatMul", [x, w], [y], f"layers.{number}.matmul"))
@@ -70,8 +72,8 @@ def write(folder: Path, parameters: Parameters) -> Path:
                 blocks = -(-k // BLOCK)
                 shape = n, blocks, BLOCK // 2
                 content = source.bytes(n * blocks * BLOCK // 2)
-                codes = _external(f"layers.{number}.weight", TensorProto.UINT8, shape, data, content)
-                scales = _stored(f"layers.{number}.scales", _scales(source, k, 16, n, blocks), data)
+                codes = data.add(f"layers.{number}.weight", TensorProto.UINT8, shape, content)
+                scales = data.add_floats(f"layers.{number}.scales", random_scales(source, k, 16, n, blocks))
                 nodes.append(
                     helper.make_node(
                         "MatMulNBits",
@@ -100,30 +102,6 @@ def write(folder: Path, parameters: Parameters) -> Path:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
     (folder / FILE).write_bytes(model.SerializeToString(deterministic=True))
     return folder / FILE
-
-
-def _scales(source: np.random.RandomState, k: int, steps: int, *shape: int) -> np.ndarray:
-    """Scales that give weights of variance 1/K to codes spread evenly over ``steps`` values.
-
-    Half of them are negative: such codes have mean -1/2, which else would grow from layer to layer.
-    """
-    size = (0.5 + source.random_sample(shape)) / (13 / 12) ** 0.5
-    sign = source.randint(0, 2, shape) * 2 - 1
-    values: np.ndarray = sign * size * (12 / ((steps**2 - 1) * k)) ** 0.5
-    return values.astype(np.float32)
-
-
-def _stored(name: str, values: np.ndarray, data: BinaryIO) -> TensorProto:
-    return _external(name, TensorProto.FLOAT, values.shape, data, values.tobytes())
-
-
-def _external(name: str, data_type: int, shape: tuple[int, ...], data: BinaryIO, content: bytes) -> TensorProto:
-    data.write(bytes(-data.tell() % 64))
-    tensor = TensorProto(name=name, data_type=data_type, dims=shape, data_location=TensorProto.EXTERNAL)
-    for key, value in (("location", DATA), ("offset", data.tell()), ("length", len(content))):
-        tensor.external_data.add(key=key, value=str(value))
-    data.write(content)
-    return tensor
 
 
 def main() -> None:

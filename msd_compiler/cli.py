@@ -279,6 +279,7 @@ class Suite(StrEnum):
 
     LINEAR = "linear"
     ATTENTION = "attention"
+    DECODE = "decode"
 
 
 @app.command("bench", epilog="Example: msd bench model.onnx --plot model.svg")
@@ -287,7 +288,7 @@ def bench_(
     results: Annotated[
         list[Path] | None, typer.Argument(metavar="RESULT", help="default: MODEL, compiled for the occasion")
     ] = None,
-    suite: Annotated[Suite | None, typer.Option(help="without a model: layers of common sizes")] = None,
+    suite: Annotated[Suite | None, typer.Option(help="without a model: layers of common sizes; whole decoders")] = None,
     inputs: Annotated[
         Path | None, typer.Option(metavar="FILE.npz", help="an array per input; default: made from the signature")
     ] = None,
@@ -306,6 +307,10 @@ def bench_(
 
     Of models: runs in turns, with medians, quartiles and ratios to the first one; prompt and next tokens of a decoder; time to open,
     first run and peak memory in fresh processes; the nodes that take longest.
+
+    Suites: linear, products of one layer, every way that onnxruntime has (and OpenVINO, if it is installed), and how much of the
+    machine's limit each reaches; attention, one layer's over its cache; decode, decoders of 336 million parameters, int8 and int4,
+    which take some minutes and 1.5 GB of temporary files.
     """
     from . import bench  # here, for the other commands start without it
 
@@ -328,9 +333,12 @@ def bench_(
         else:
             options: dict[str, Any] = {"threads": threads or 1, "runs": runs, "seconds": seconds, "progress": progress}
             if suite is Suite.LINEAR:
-                report = bench.bench_linear(portable=portable, **options)
-            else:
+                grid = bench.LinearGrid() if plot is not None or json_ else bench.LinearGrid(ramp=())
+                report = bench.bench_linear(portable=portable, grid=grid, **options)
+            elif suite is Suite.ATTENTION:
                 report = bench.bench_attention(**options)
+            else:
+                report = bench.bench_decode(**options)
     if plot is not None:
         bench.plot(report, plot)
     if json_:

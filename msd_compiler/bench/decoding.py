@@ -10,12 +10,13 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from ..compare import relative_l2
 from ..errors import ModelError, MsdError
 from ..generate import Decoder
-from ..generate.interface import writes_into_buffers
+from ..generate.interface import read_interface, writes_into_buffers
 from ..verification import Progress, silent
 from .report import DecodeRow
-from .timing import Time, in_turns
+from .timing import in_turns
 
 WARM_UPS = 1
 
@@ -28,6 +29,8 @@ class DecodeGrid:
     """Tokens."""
     cached: tuple[int, ...] = (512, 1024, 2048)
     """Tokens in the cache before the first timed decode step, ascending."""
+    buffers: bool = False
+    """Caches are buffers where a model can write into one, as onnxruntime-genai has them; else only where it must."""
 
 
 def time_decoding(
@@ -37,6 +40,7 @@ def time_decoding(
     runs: int,
     seconds: float,
     notes: list[str],
+    exact: str | None = None,
     progress: Progress = silent,
 ) -> list[DecodeRow]:
     """Rows for the prompt and for every length of the cache, if all models are decoders with a cache; else none.
@@ -47,13 +51,15 @@ def time_decoding(
         runs: of each, for a median.
         seconds: for each comparison.
         notes: gets what was left out, and why.
+        exact: label of the model whose logits the others' distances are from; None: no distances.
         progress: told what is being done.
     """
     room = max(grid.prompt, *grid.cached) + runs + WARM_UPS + 1
     decoders: dict[str, Decoder] = {}
     for label, (session, proto) in models.items():
         try:
-            capacity = room if writes_into_buffers(proto) else None
+            can_write = grid.buffers and read_interface(session, proto).no_buffer is None
+            capacity = room if can_write or writes_into_buffers(proto) else None
             decoders[label] = Decoder(session, model=proto, capacity=capacity)
         except ModelError:
             return []
@@ -64,7 +70,7 @@ def time_decoding(
     for number, (tokens, cached) in enumerate(cells):
         progress("timing prompt and decode", number, len(cells))
         try:
-            rows += _cell(decoders, tokens, cached, grid.prompt, runs, seconds)
+            rows += _cell(decoders, tokens, cached, grid.prompt, runs, seconds, exact)
         except MsdError as error:
             notes.append(f"decoding stops at {cached or tokens} tokens: {error}")
             break
@@ -73,33 +79,47 @@ def time_decoding(
 
 
 def _cell(
-    decoders: Mapping[str, Decoder], tokens: int, cached: int, piece: int, runs: int, seconds: float
+    decoders: Mapping[str, Decoder],
+    tokens: int,
+    cached: int,
+    piece: int,
+    runs: int,
+    seconds: float,
+    exact: str | None,
 ) -> list[DecodeRow]:
+    logits: dict[str, np.ndarray] = {}
     calls: dict[str, Callable[[], object]] = {}
     for label, decoder in decoders.items():
-        decoder.reset()
         if cached:
             _fill(decoder, cached, piece)
-            calls[label] = partial(decoder.step, _tokens(1))
-        else:
-            calls[label] = partial(_prompt, decoder, tokens)
+        calls[label] = partial(_step, label, decoder, tokens, logits, from_start=not cached)
     times = in_turns(calls, runs=runs, seconds=seconds, warm_ups=WARM_UPS)
     measure = next(iter(times.values())).median_ms
-    return [_row(label, tokens, cached, time, measure) for label, time in times.items()]
+    return [
+        DecodeRow(
+            model=label,
+            tokens=tokens,
+            cached=cached,
+            time=time,
+            tokens_per_second=1e3 * tokens / time.median_ms,
+            ratio=time.median_ms / measure,
+            relative_l2=None if exact is None else relative_l2(logits[label], logits[exact]),
+        )
+        for label, time in times.items()
+    ]
 
 
-def _row(label: str, tokens: int, cached: int, time: Time, measure: float) -> DecodeRow:
-    rate = 1e3 * tokens / time.median_ms
-    ratio = time.median_ms / measure
-    return DecodeRow(model=label, tokens=tokens, cached=cached, time=time, tokens_per_second=rate, ratio=ratio)
-
-
-def _prompt(decoder: Decoder, tokens: int) -> None:
-    decoder.reset()
-    decoder.step(_tokens(tokens))
+def _step(label: str, decoder: Decoder, tokens: int, logits: dict[str, np.ndarray], *, from_start: bool) -> None:
+    """Every model takes as many steps, so the last logits of all are those of the same tokens."""
+    if from_start:
+        decoder.reset()
+    logits[label] = decoder.step(_tokens(tokens))
 
 
 def _fill(decoder: Decoder, length: int, piece: int) -> None:
+    """Go on from what the last comparison left in the cache, if that is not too much."""
+    if decoder.length > length:
+        decoder.reset()
     while decoder.length < length:
         decoder.step(_tokens(min(piece, length - decoder.length)))
 

@@ -1,11 +1,12 @@
-"""One linear layer, every way that onnxruntime has to compute it on a CPU, and ours."""
+"""One linear layer, every way that onnxruntime has to compute it on a CPU, OpenVINO's if it is installed, and ours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -16,8 +17,10 @@ from ..compare import relative_l2
 from ..errors import MsdError
 from ..runtime import open_model
 from ..verification import Progress, silent
-from .machine import last_cache_bytes, read_bytes_per_second
+from .machine import Unit, measure_limits
+from .openvino import OpenVino, is_installed
 from .report import LinearReport, LinearRow, Setting
+from .spellings import nbits_codes, onnx_codes
 from .timing import QUIET, Bound, check_threads, in_turns
 
 SAMPLE = 128
@@ -50,8 +53,17 @@ class LinearGrid:
         Weight("int8 block 128", 8, 128),
         Weight("int4 block 32", 4, 32),
     )
+    ramp: tuple[tuple[int, int], ...] = ((4096, 1024), (4096, 2048), (1024, 4096), (2048, 4096), (11008, 4096))
+    """More K, N, so that times can be drawn over each."""
+    ramp_rows: tuple[int, ...] = (1, 128)
+    """M of those."""
     read_bytes: int | None = None
     """Of the buffer for the read bandwidth; None: by the machine's last cache."""
+
+    def layers(self) -> Iterator[tuple[int, int, Weight, tuple[int, ...]]]:
+        """K, N, weight, and all M of each layer."""
+        for shapes, rows in ((self.shapes, self.rows), (self.ramp, self.ramp_rows)):
+            yield from ((k, n, weight, rows) for k, n in shapes for weight in self.weights)
 
 
 @dataclass(frozen=True)
@@ -97,12 +109,8 @@ def _dequantized(layer: Layer) -> onnx.ModelProto:
         helper.make_node("DequantizeLinear", ["codes", "scales"], ["w"], **layout),
         helper.make_node("MatMul", ["x", "w"], ["y"], name="layer"),
     ]
-    if layer.weight.bits == 8:
-        codes = numpy_helper.from_array(layer.codes, "codes")
-    else:
-        nibbles = layer.codes.reshape(-1, 2).astype(np.uint8) & 15
-        packed = (nibbles[:, 0] | nibbles[:, 1] << 4).tobytes()
-        codes = TensorProto(name="codes", data_type=TensorProto.INT4, dims=layer.codes.shape, raw_data=packed)
+    data_type, content = onnx_codes(layer.codes, layer.weight.bits)
+    codes = TensorProto(name="codes", data_type=data_type, dims=layer.codes.shape, raw_data=content.tobytes())
     return _model(layer, nodes, [codes, numpy_helper.from_array(scales, "scales")])
 
 
@@ -110,9 +118,7 @@ def _nbits(accuracy_level: int) -> Callable[[Layer], onnx.ModelProto]:
     def build(layer: Layer) -> onnx.ModelProto:
         (k, n), bits = layer.codes.shape, layer.weight.bits
         block = layer.weight.block or NBITS_BLOCK
-        codes = (layer.codes.T.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8).reshape(n, k // block, block)
-        if bits == 4:
-            codes = codes[..., ::2] | codes[..., 1::2] << 4
+        codes = nbits_codes(layer.codes, bits, block)
         scales = np.repeat(layer.scales.T, k // block // len(layer.scales), axis=1)
         attributes = {"K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": accuracy_level}
         node = helper.make_node("MatMulNBits", ["x", "b", "s"], ["y"], domain="com.microsoft", **attributes)
@@ -135,29 +141,61 @@ def _model(layer: Layer, nodes: list[onnx.NodeProto], tensors: list[TensorProto]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
+class Run(Protocol):
+    """A layer with its input bound."""
+
+    def __call__(self) -> None:
+        """Compute it."""
+
+    def output(self, name: str) -> np.ndarray:
+        """What it gave."""
+
+
+Opened = Callable[[Mapping[str, np.ndarray]], Run]
+"""An open model: takes inputs by name."""
+
+
+def _session(model: onnx.ModelProto, threads: int, *, portable: bool = True) -> Opened:
+    session = open_model(model, Path(), **QUIET, portable=portable, intra_op_num_threads=threads)
+    return partial(Bound, session)
+
+
+def _openvino(model: onnx.ModelProto, threads: int, *, rounds_activations: bool = True) -> Opened:
+    return OpenVino(model, threads, **({} if rounds_activations else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})).bind
+
+
 @dataclass(frozen=True)
 class Way:
     """A way to compute the layer."""
 
     name: str
     build: Callable[[Layer], onnx.ModelProto]
-    portable: bool = True
-    """Without the native library."""
+    unit: Unit
+    """What multiplies: its rate is the limit."""
+    open: Callable[[onnx.ModelProto, int], Opened] = _session
+    """The model, in so many threads."""
+    passes: int = 1
+    """Products of that unit that make one."""
     reads_floats: bool = False
     """The weight is read as float32, not as codes and scales."""
 
 
-MEASURE = Way("MatMul float32", _float, reads_floats=True)
-OURS = Way("msd.MatMul", _compiled, portable=False)
-PORTABLE = Way("msd.MatMul portable", _compiled)
+MEASURE = Way("MatMul float32", _float, "float32", reads_floats=True)
+OURS = Way("msd.MatMul", _compiled, "int16", partial(_session, portable=False))
+PORTABLE = Way("msd.MatMul portable", _compiled, "int8", passes=2)
 WAYS = (
     MEASURE,
-    Way("DequantizeLinear -> MatMul", _dequantized),
-    Way("MatMulNBits level 0", _nbits(0)),
-    Way("MatMulNBits level 4", _nbits(4)),
+    Way("DequantizeLinear -> MatMul", _dequantized, "int8"),
+    Way("MatMulNBits level 0", _nbits(0), "float32"),
+    Way("MatMulNBits level 4", _nbits(4), "int8"),
     OURS,
 )
 """The first one is what the ratios refer to."""
+OPENVINO = (
+    Way("OpenVINO", _dequantized, "int8", _openvino),
+    Way("OpenVINO float activations", _dequantized, "float32", partial(_openvino, rounds_activations=False)),
+)
+"""As it comes it rounds activations to int8 where the processor has such products, and not elsewhere."""
 
 
 def bench_linear(
@@ -187,32 +225,29 @@ def bench_linear(
     grid = grid or LinearGrid()
     report = LinearReport(
         setting=Setting.here(threads),
-        read_bytes_per_second=0,
-        last_cache_bytes=last_cache_bytes(),
+        limits=measure_limits(threads, grid.read_bytes),
         rows=[],
+        ramp=list(grid.ramp),
     )
-    ways = (*WAYS, *([PORTABLE] if portable else []))
-    layers = [(k, n, weight) for k, n in grid.shapes for weight in grid.weights]
-    for number, (k, n, weight) in enumerate(layers):
+    ways = (*WAYS, *([PORTABLE] if portable else []), *(OPENVINO if is_installed() else []))
+    layers = list(grid.layers())
+    for number, (k, n, weight, rows) in enumerate(layers):
         progress("timing layers", number, len(layers))
         layer = Layer.random(k, n, weight)
-        sessions = dict(_opened(layer, ways, threads, report.notes))
-        for m in grid.rows:
-            report.rows += _product(layer, sessions, m, runs, seconds)
-        # what else goes on here slows it down, so the best of several moments counts
-        report.read_bytes_per_second = max(report.read_bytes_per_second, read_bytes_per_second(grid.read_bytes))
+        opened = dict(_opened(layer, ways, threads, report.notes))
+        for m in rows:
+            report.rows += _product(layer, opened, m, runs, seconds)
+        report.limits = report.limits.best(measure_limits(threads, grid.read_bytes))
     for row in report.rows:
-        if row.m == 1:
-            row.bandwidth_share = row.stored_bytes / (row.time.median_ms / 1e3) / report.read_bytes_per_second
+        row.limit = report.limits.reached(row.time.median_ms / 1e3, row.unit, row.operations, row.stored_bytes)
     progress("timing layers", len(layers), len(layers))
     return report
 
 
-def _opened(layer: Layer, ways: tuple[Way, ...], threads: int, notes: list[str]) -> Iterator[tuple[Way, Any]]:
+def _opened(layer: Layer, ways: tuple[Way, ...], threads: int, notes: list[str]) -> Iterator[tuple[Way, Opened]]:
     for way in ways:
         try:
-            options = {**QUIET, "portable": way.portable, "intra_op_num_threads": threads}
-            yield way, open_model(way.build(layer), Path(), **options)
+            yield way, way.open(way.build(layer), threads)
         except MsdError as error:
             if way in (MEASURE, OURS):
                 raise
@@ -221,15 +256,15 @@ def _opened(layer: Layer, ways: tuple[Way, ...], threads: int, notes: list[str])
                 notes.append(note)
 
 
-def _product(layer: Layer, sessions: dict[Way, Any], m: int, runs: int, seconds: float) -> list[LinearRow]:
+def _product(layer: Layer, opened: dict[Way, Opened], m: int, runs: int, seconds: float) -> list[LinearRow]:
     k, n = layer.codes.shape
     x = np.random.default_rng(m).standard_normal((m, k)).astype(np.float32)
     columns = np.unique(np.linspace(0, n - 1, SAMPLE).astype(int))
     exact = x.astype(np.float64) @ layer.floats[:, columns].astype(np.float64)
-    bound = {way.name: Bound(session, {"x": x}) for way, session in sessions.items()}
+    bound = {way.name: bind({"x": x}) for way, bind in opened.items()}
     times = in_turns(bound, runs=runs, seconds=seconds)
     rows = []
-    for way in sessions:
+    for way in opened:
         time = times[way.name]
         rows.append(
             LinearRow(
@@ -241,6 +276,8 @@ def _product(layer: Layer, sessions: dict[Way, Any], m: int, runs: int, seconds:
                 time=time,
                 ratio=time.median_ms / times[MEASURE.name].median_ms,
                 relative_l2=relative_l2(bound[way.name].output("y")[:, columns], exact),
+                unit=way.unit,
+                operations=2 * way.passes * m * k * n,
                 stored_bytes=layer.floats.nbytes if way.reads_floats else layer.stored_bytes,
             )
         )

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,23 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from .. import api
 from ..compare import relative_l2
-from ..errors import ModelError, OptionError
-from ..inputs import Feed, generate
+from ..errors import OptionError
+from ..inputs import Feed
 from ..oracle_session import open_oracle
 from ..report import embedded_report
-from ..runtime import RuntimeRefused, library_path, run, session
+from ..runtime import RuntimeRefused, run
 from ..save import weight_bytes
 from ..source import Source, load
 from ..verification import WHOLE_UP_TO, Progress, silent
-from . import fresh
+from .contestants import Contestant, fresh_rows, made_feeds, open_contestant, session_options
 from .decoding import DecodeGrid, time_decoding
 from .profile import profiled
-from .report import FreshRow, ModelsReport, RunRow, Setting
-from .timing import QUIET, Bound, check_threads, in_turns
+from .report import ModelsReport, RunRow, Setting
+from .timing import Bound, check_threads, in_turns
 
 
 @dataclass(frozen=True)
@@ -46,26 +40,6 @@ class Effort:
     """Fresh processes per model, for a median."""
     top: int = 10
     """Nodes to list."""
-
-
-@dataclass
-class Contestant:
-    """One model, open."""
-
-    label: str
-    source: Source
-    session: onnxruntime.InferenceSession
-    is_portable: bool
-    """Whether it has no op of ours, and needs no library."""
-    feeds: Sequence[Feed] = ()
-    is_alike: bool = True
-    """Whether its inputs are those of the first model."""
-
-    @property
-    def path(self) -> Path:
-        """Its file."""
-        assert self.source.path is not None
-        return self.source.path
 
 
 def bench_models(
@@ -104,7 +78,7 @@ def bench_models(
             compiled = _compiled(sources[model.name], model, Path(folder), notes, progress)
             if compiled is not None:
                 sources["compiled"], models["compiled"] = load(compiled), None
-        contestants = [_open(label, source, threads) for label, source in sources.items()]
+        contestants = [open_contestant(label, source, threads) for label, source in sources.items()]
         progress("looking for inputs", 0, 1)
         expected = _prepare(contestants, inputs, notes)
         runs: list[RunRow] = []
@@ -120,12 +94,14 @@ def bench_models(
             notes=notes,
             progress=progress,
         )
-        fresh_rows = _all_fresh(contestants, threads, Path(folder), effort.starts, notes, progress)
+        fresh = fresh_rows(contestants, threads, Path(folder), effort.starts, notes, progress)
         profiles = []
         for number, c in enumerate(contestants):
             progress("profiling", number, len(contestants))
             profiles.append(
-                profiled(c.label, c.path, c.feeds[-1], _options(threads, portable=c.is_portable), folder, effort.top)
+                profiled(
+                    c.label, c.path, c.feeds[-1], session_options(threads, portable=c.is_portable), folder, effort.top
+                )
             )
         progress("profiling", len(contestants), len(contestants))
         return ModelsReport(
@@ -133,7 +109,7 @@ def bench_models(
             models=models,
             runs=runs,
             decoding=decoding,
-            fresh=fresh_rows,
+            fresh=fresh,
             profiles=profiles,
             notes=notes,
         )
@@ -160,17 +136,6 @@ def _compiled(source: Source, model: Path, folder: Path, notes: list[str], progr
     return target
 
 
-def _options(threads: int | None, *, portable: bool) -> dict[str, Any]:
-    return {**QUIET, "portable": portable, **({} if threads is None else {"intra_op_num_threads": threads})}
-
-
-def _open(label: str, source: Source, threads: int | None) -> Contestant:
-    if source.path is None:
-        raise ModelError(f"{label!r} is no file")
-    is_portable = all(opset.domain != "msd" for opset in source.proto.opset_import)
-    return Contestant(label, source, session(source.path, **_options(threads, portable=is_portable)), is_portable)
-
-
 def _prepare(
     contestants: list[Contestant], inputs: Feed | None, notes: list[str]
 ) -> dict[str, dict[str, np.ndarray] | None]:
@@ -179,13 +144,13 @@ def _prepare(
     if inputs is not None:
         for c in contestants:
             _check_names(inputs, c)
-    first.feeds = [inputs] if inputs is not None else _made(first)
+    first.feeds = [inputs] if inputs is not None else made_feeds(first)
     for other in contestants[1:]:
         other.is_alike = _inputs(other) == _inputs(first)
         if inputs is not None or other.is_alike:
             other.feeds = first.feeds
         else:
-            other.feeds = _made(other)
+            other.feeds = made_feeds(other)
             notes.append(f"{other.label} has other inputs than {first.label}: timed on its own, not compared")
     if weight_bytes(first.source.proto) > WHOLE_UP_TO:
         notes.append("weights above 1 GB: outputs are not compared with the oracle, which would take them as float32")
@@ -210,10 +175,6 @@ def _check_names(inputs: Feed, contestant: Contestant) -> None:
 
 def _inputs(contestant: Contestant) -> dict[str, str]:
     return {i.name: i.type for i in contestant.session.get_inputs()}
-
-
-def _made(contestant: Contestant) -> list[Feed]:
-    return generate(contestant.source.proto, lambda arrays: run(contestant.session, None, arrays))
 
 
 def _time_feed(
@@ -243,60 +204,3 @@ def _kind(value: Any) -> str | None:
     if not isinstance(value, np.ndarray) or value.dtype.kind in "OSU":
         return None
     return "codes" if value.dtype.kind in "iub" else "values"
-
-
-def _all_fresh(
-    contestants: list[Contestant], threads: int | None, folder: Path, starts: int, notes: list[str], progress: Progress
-) -> list[FreshRow]:
-    """Medians over processes that are started in turns; what fails gets a note and no row."""
-    found: dict[str, list[dict[str, float | None]]] = {c.label: [] for c in contestants}
-    failed: set[str] = set()
-    for turn in range(starts):
-        progress("starting fresh processes", turn, starts)
-        for c in contestants:
-            if c.label in failed:
-                continue
-            try:
-                found[c.label].append(_fresh(c, threads, folder))
-            except RuntimeRefused as error:
-                failed.add(c.label)
-                notes.append(str(error))
-    progress("starting fresh processes", starts, starts)
-    return [
-        FreshRow.model_validate({"model": label, **{key: _median([m[key] for m in all_]) for key in all_[0]}})
-        for label, all_ in found.items()
-        if label not in failed and all_
-    ]
-
-
-def _median(values: Sequence[float | None]) -> float | None:
-    """The middle value, an observed one."""
-    known = [value for value in values if value is not None]
-    return statistics.median_low(known) if known else None
-
-
-def _fresh(contestant: Contestant, threads: int | None, folder: Path) -> dict[str, float | None]:
-    """What a process of its own says of a model.
-
-    Raises:
-        RuntimeRefused: the process ends otherwise.
-    """
-    feed = contestant.feeds[0].arrays
-    is_bfloat16 = {name: array.dtype.name == "bfloat16" for name, array in feed.items()}
-    arrays = [a.view(np.uint16) if is_bfloat16[name] else a for name, a in feed.items()]
-    np.savez(folder / "inputs.npz", *arrays)
-    request: fresh.Request = {
-        "model": str(contestant.path.resolve()),
-        "library": None if contestant.is_portable else str(library_path()),
-        "arrays": str(folder / "inputs.npz"),
-        "names": list(feed),
-        "bfloat16": [name for name, yes in is_bfloat16.items() if yes],
-        "threads": threads,
-    }
-    command = [sys.executable, "-P", os.fspath(Path(fresh.__file__))]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise RuntimeRefused(f"{contestant.label} does not run in a fresh process: {reason[0]}")
-    said: dict[str, float | None] = json.loads(done.stdout.splitlines()[-1])
-    return said

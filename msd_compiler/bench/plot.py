@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import singledispatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import OptionError, OutputError
-from .report import AttentionReport, LinearReport, ModelsReport, Report
+from .linear import MEASURE, OURS
+from .report import AttentionReport, DecodeReport, DecodeRow, LinearReport, LinearRow, ModelsReport, Report
 from .timing import Time
 
 FORMATS = (".svg", ".png")
@@ -75,21 +79,101 @@ def _(report: ModelsReport) -> Any:
 
 @draw.register
 def _(report: LinearReport) -> Any:
-    shapes = list(dict.fromkeys((row.k, row.n) for row in report.rows))
     weights = list(dict.fromkeys(row.weight for row in report.rows))
-    figure = _figure(len(shapes), len(weights))
-    axes = figure.subplots(len(shapes), len(weights), squeeze=False)
-    for i, (k, n) in enumerate(shapes):
+    shapes = list(dict.fromkeys((row.k, row.n) for row in report.rows if (row.k, row.n) not in report.ramp))
+    lines = [_over_m(*shape) for shape in shapes]
+    if report.ramp:
+        lines += [_over("n", report), _over("k", report)]
+    figure = _figure(len(lines), len(weights))
+    axes = figure.subplots(len(lines), len(weights), squeeze=False)
+    for i, line in enumerate(lines):
         for j, weight in enumerate(weights):
-            axis = axes[i][j]
-            rows = [r for r in report.rows if (r.k, r.n, r.weight) == (k, n, weight)]
-            for way in dict.fromkeys(r.way for r in rows):
-                line = [r for r in rows if r.way == way]
-                ms = [r.time.median_ms for r in line]
-                axis.errorbar([r.m for r in line], ms, yerr=_errors([r.time for r in line]), marker=".", label=way)
-            axis.set(title=f"{k} x {n}, {weight}", xlabel="M", ylabel="ms", xscale="log", yscale="log")
-    axes[0][0].legend(fontsize=7)
+            _draw_times(axes[i][j], report, line, weight)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     return figure
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What a row of pictures shows."""
+
+    title: str
+    size: Literal["m", "n", "k"]
+    """What grows from left to right."""
+    contains: Callable[[LinearRow], bool]
+    rows: tuple[int, ...] = ()
+    """M of the curves; none: M is what grows."""
+
+
+def _over_m(k: int, n: int) -> _Line:
+    return _Line(f"K = {k}, N = {n}", "m", lambda row: (row.k, row.n) == (k, n))
+
+
+def _over(size: Literal["n", "k"], report: LinearReport) -> _Line:
+    """Curves over N, or over K: through the layers of which the other one is that of most in the ramp."""
+    other: Literal["n", "k"] = "k" if size == "n" else "n"
+    fixed = statistics.mode(getattr(row, other) for row in report.rows if (row.k, row.n) in report.ramp)
+    rows = tuple(dict.fromkeys(row.m for row in report.rows if (row.k, row.n) in report.ramp))
+    title = f"{other.upper()} = {fixed}, M = {' and '.join(map(str, rows))}"
+    return _Line(title, size, lambda row: getattr(row, other) == fixed and row.m in rows, rows)
+
+
+def _draw_times(axis: Any, report: LinearReport, line: _Line, weight: str) -> None:
+    """Times of every way, and the limits of float32 and of our products: no time can be below its own."""
+    found = [row for row in report.rows if row.weight == weight and line.contains(row)]
+    found.sort(key=lambda row: getattr(row, line.size))
+    for number, way in enumerate(dict.fromkeys(row.way for row in report.rows)):
+        for curve, m in enumerate(line.rows or (None,)):
+            rows = [row for row in found if row.way == way and m in (None, row.m)]
+            if not rows:
+                continue
+            style: dict[str, Any] = {"color": f"C{number}", "label": way if curve == 0 else None}
+            sizes, times = [getattr(row, line.size) for row in rows], [row.time for row in rows]
+            width = 2.2 if way == OURS.name else 1.1
+            axis.errorbar(sizes, [t.median_ms for t in times], _errors(times), marker=".", linewidth=width, **style)
+            if way in _LIMITS:
+                least = [1e3 * report.limits.least_seconds(r.unit, r.operations, r.stored_bytes) for r in rows]
+                style["label"] = f"limit of {way}" if curve == 0 else None
+                axis.plot(sizes, least, linestyle="--", linewidth=1, color=f"C{number}", label=style["label"])
+    axis.set(title=f"{weight}: {line.title}", xlabel=line.size.upper(), ylabel="ms", xscale="log", yscale="log")
+    ticks = sorted({getattr(row, line.size) for row in found})
+    axis.set_xticks(ticks, list(map(str, ticks)))
+    axis.minorticks_off()
+    axis.grid(visible=True, linewidth=0.4, alpha=0.5)
+
+
+_LIMITS = (MEASURE.name, OURS.name)
+
+
+@draw.register
+def _(report: DecodeReport) -> Any:
+    steps = list(dict.fromkeys((row.tokens, row.cached) for d in report.decoders for row in d.decoding))
+    if not steps:
+        return _figure(1, 1)
+    figure = _figure(len(steps), len(report.decoders))
+    axes = figure.subplots(len(steps), len(report.decoders), squeeze=False, sharey=True)
+    for i, (tokens, cached) in enumerate(steps):
+        for j, decoder in enumerate(report.decoders):
+            rows = [row for row in decoder.decoding if (row.tokens, row.cached) == (tokens, cached)]
+            step = f"{tokens} after {cached}" if cached else f"a prompt of {tokens}"
+            _draw_rates(axes[i][j], rows, f"{decoder.weight}: {step}")
+    axes[0][0].invert_yaxis()  # of all, for they share it
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    return figure
+
+
+def _draw_rates(axis: Any, rows: list[DecodeRow], title: str) -> None:
+    """Tokens per second as bars, and the limit of each as a mark."""
+    names, rates = [row.model for row in rows], [row.tokens_per_second for row in rows]
+    bars = axis.barh(names, rates, color=[f"C{i}" for i in range(len(rows))], height=0.6)
+    for place, row in enumerate(rows):
+        if row.limit is not None:
+            label = "limit: the rate of multiply-adds, or memory" if place == 0 else None
+            axis.plot([row.tokens_per_second / row.limit.share] * 2, [place - 0.4, place + 0.4], "k--", label=label)
+    for text in axis.bar_label(bars, [f"{rate:.3g}" for rate in rates], padding=3, fontsize=8):
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
+    axis.set(title=title, xlabel="tokens per second", xlim=(0, None))
 
 
 @draw.register

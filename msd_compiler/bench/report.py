@@ -8,6 +8,7 @@ import onnxruntime
 from pydantic import BaseModel, ConfigDict, Field
 
 from .. import doctor
+from .machine import Limits, LimitShare, Unit
 from .timing import Time
 
 
@@ -54,7 +55,7 @@ class RunRow(Record):
     """By output, distance from the first model's oracle; only where both have the inputs, and the output, alike."""
 
 
-class DecodeRow(BaseModel):
+class DecodeRow(Record):
     """One model as a decoder, batch 1."""
 
     model: str
@@ -66,6 +67,10 @@ class DecodeRow(BaseModel):
     tokens_per_second: float
     ratio: float
     """Median time over that of the first model."""
+    relative_l2: float | None = None
+    """Of the last timed step's logits, from those of the model that is said to be exact; None: none is."""
+    limit: LimitShare | None = None
+    """How much of what this machine can do at best, products of weights alone counted; None: not known."""
 
 
 class FreshRow(BaseModel):
@@ -133,8 +138,12 @@ class LinearRow(Record):
     """From a product in float64, on a sample of columns."""
     stored_bytes: int
     """Of codes and scales; float32: of the weight."""
-    bandwidth_share: float | None = None
-    """For M = 1: stored bytes per second, over what this machine reads."""
+    unit: Unit
+    """What multiplies."""
+    operations: int
+    """By that unit; a multiply-add is two."""
+    limit: LimitShare | None = None
+    """How much of what this machine can do at best; None: not known yet."""
 
 
 class LinearReport(Record):
@@ -142,11 +151,10 @@ class LinearReport(Record):
 
     kind: Literal["linear"] = "linear"
     setting: Setting
-    read_bytes_per_second: float
-    """One thread's, over a buffer larger than the last cache: the best of several moments."""
-    last_cache_bytes: int
-    """0 where the system does not say. Weights that fit are read from there, not from memory."""
+    limits: Limits
     rows: list[LinearRow]
+    ramp: list[tuple[int, int]] = Field(default_factory=list)
+    """K, N of the layers that are there for the growth of times with K and N: for the plot."""
     notes: list[str] = Field(default_factory=list)
     """What was left out, and why."""
 
@@ -181,4 +189,31 @@ class AttentionReport(Record):
     """What was left out, and why."""
 
 
-Report: TypeAlias = ModelsReport | LinearReport | AttentionReport
+class DecoderRows(Record):
+    """One decoder in several spellings."""
+
+    weight: str
+    """"int8 block 32"."""
+    stored_bytes: int
+    """Of the weights of all products: codes and scales."""
+    decoding: list[DecodeRow]
+    fresh: list[FreshRow]
+
+
+class DecodeReport(Record):
+    """Decoders of one shape with random weights."""
+
+    kind: Literal["decode"] = "decode"
+    setting: Setting
+    limits: Limits
+    shape: dict[str, int]
+    """What the decoders are made of: hidden size, layers, ..."""
+    parameters: int
+    weights: int
+    """Of these, in products: multiply-adds of a token."""
+    decoders: list[DecoderRows]
+    notes: list[str] = Field(default_factory=list)
+    """What was left out, and why."""
+
+
+Report: TypeAlias = ModelsReport | LinearReport | AttentionReport | DecodeReport

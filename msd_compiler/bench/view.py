@@ -12,10 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ..screen import distance_text, number_of
+from .machine import Limits, LimitShare
 from .report import (
     AttentionReport,
     AttentionRow,
+    DecodeReport,
     DecodeRow,
+    DecoderRows,
     FreshRow,
     LinearReport,
     LinearRow,
@@ -50,14 +53,28 @@ def _(report: ModelsReport) -> RenderableType:
 def _(report: LinearReport) -> RenderableType:
     layers: dict[tuple[int, int, str], list[LinearRow]] = {}
     for row in report.rows:
-        layers.setdefault((row.k, row.n, row.weight), []).append(row)
-    read = f"one thread reads {report.read_bytes_per_second / 1e9:.3g} GB/s"
-    if report.last_cache_bytes:
-        read += f" from memory; the last cache holds {report.last_cache_bytes / _MIB:.3g} MiB"
-    tables = [_layer(f"{k} x {n}, {weight}", rows) for (k, n, weight), rows in layers.items()]
-    spread = _spread([row.time for row in report.rows])
-    spread += "; read: weights per second at M = 1 over what one thread reads from memory"
-    return Group(_setting(report.setting), Text(read), *tables, Text(spread), *_notes(report.notes))
+        if (row.k, row.n) not in report.ramp:
+            layers.setdefault((row.k, row.n, row.weight), []).append(row)
+    parts: list[RenderableType] = [_setting(report.setting), _limits(report.limits)]
+    for (k, n, weight), rows in layers.items():
+        parts += [_layer(f"{k} x {n}, {weight}", rows), _layer_shares(rows)]
+    parts.append(Text(_spread([row.time for row in report.rows])))
+    return Group(*parts, Text(_SHARES), *_notes(report.notes))
+
+
+@view.register
+def _(report: DecodeReport) -> RenderableType:
+    shape = f"Llama's shape, {report.parameters / 1e6:.3g} million parameters"
+    parts: list[RenderableType] = [_setting(report.setting), Text(shape), _limits(report.limits)]
+    for decoder in report.decoders:
+        steps = dict.fromkeys((row.tokens, row.cached) for row in decoder.decoding)
+        parts += [_decoder_step(decoder, *step) for step in steps]
+        if decoder.fresh:
+            parts.append(_fresh(decoder.fresh, decoder.weight))
+    times = [row.time for decoder in report.decoders for row in decoder.decoding]
+    if times:
+        parts.append(Text(_spread(times, "from the logits of level 0") + f"; {_SHARES}"))
+    return Group(*parts, *_notes(report.notes))
 
 
 @view.register
@@ -65,7 +82,7 @@ def _(report: AttentionReport) -> RenderableType:
     tables = []
     for batch in dict.fromkeys(row.batch for row in report.rows):
         rows = {(r.way, f"{r.cached} + {r.tokens}"): r for r in report.rows if r.batch == batch}
-        tables.append(_grid(f"batch {batch}, cached + new tokens", "ms at", rows, {}))
+        tables.append(_grid(f"batch {batch}, cached + new tokens", "ms at", rows))
     shape = f"{report.heads} heads, {report.kv_heads} of keys and values, {report.size} columns"
     spread = _spread([row.time for row in report.rows])
     return Group(_setting(report.setting), Text(shape), *tables, Text(spread), *_notes(report.notes))
@@ -114,9 +131,21 @@ def _decoding(rows: list[DecodeRow]) -> RenderableType:
     return table
 
 
-def _fresh(rows: list[FreshRow]) -> RenderableType:
-    figures = ("open ms", "first run ms", "peak MiB", "of that the model's")
-    table = _table("in a fresh process", ("model",), figures)
+def _decoder_step(decoder: DecoderRows, tokens: int, cached: int) -> RenderableType:
+    figures = ("ms", "tokens/s", "ratio", "rel. L2", "limit %")
+    step = f"{number_of(tokens, 'token')} after {cached}" if cached else f"a prompt of {number_of(tokens, 'token')}"
+    table = _table(f"{decoder.weight}, {step}", ("model",), figures)
+    for row in decoder.decoding:
+        if (row.tokens, row.cached) == (tokens, cached):
+            figure, rate = _figure(row.time.median_ms), _figure(row.tokens_per_second)
+            distance = "-" if row.relative_l2 is None else f"{row.relative_l2:.1e}"
+            table.add_row(row.model, figure, rate, _ratio(row.ratio), distance, _share(row.limit))
+    return table
+
+
+def _fresh(rows: list[FreshRow], what: str = "") -> RenderableType:
+    figures = ("open ms", "first run ms", "peak MiB", "model's MiB")
+    table = _table(f"{what}, in a fresh process" if what else "in a fresh process", ("model",), figures)
     for row in rows:
         peak, own = "-", "-"
         if row.peak_bytes is not None:
@@ -135,27 +164,53 @@ def _profile(row: ProfileRow) -> RenderableType:
     return table
 
 
+def _limits(limits: Limits) -> RenderableType:
+    rates = ", ".join(f"{unit} {rate / 1e9:.3g}" for unit, rate in limits.operations_per_second.items())
+    text = f"limits: {rates} GOP/s (a multiply-add is two); " if rates else "limits: "
+    text += f"{limits.read_bytes_per_second / 1e9:.3g} GB/s are read from memory"
+    if limits.last_cache_bytes:
+        text += f"; the last cache holds {limits.last_cache_bytes / _MIB:.3g} MiB"
+    return Text(text)
+
+
+_SHARES = "% of limit: of a unit's rate or, with m, of what memory gives; more than 100m: the weight is in a cache"
+
+
+def _share(limit: LimitShare | None) -> str:
+    return "-" if limit is None else f"{100 * limit.share:.0f}{'m' if limit.by == 'memory' else ' '}"
+
+
 def _layer(title: str, rows: list[LinearRow]) -> RenderableType:
-    shares = {row.way: f"{row.bandwidth_share:.0%}" for row in rows if row.bandwidth_share is not None}
-    return _grid(title, "ms at M =", {(row.way, str(row.m)): row for row in rows}, {"read": shares} if shares else {})
+    return _grid(title, "ms at M =", {(row.way, str(row.m)): row for row in rows})
+
+
+def _layer_shares(rows: list[LinearRow]) -> RenderableType:
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("% of limit at M =", overflow="fold")
+    cells = {(row.way, row.m): _share(row.limit) for row in rows}
+    for m in dict.fromkeys(row.m for row in rows):
+        table.add_column(f"{m} ", justify="right")
+    table.add_column("unit", justify="right")
+    for way, unit in {row.way: row.unit for row in rows}.items():
+        table.add_row(way, *(share for (name, _), share in cells.items() if name == way), unit)
+    return table
 
 
 def _grid(
     title: str,
     corner: str,
     rows: Mapping[tuple[str, str], LinearRow | AttentionRow],
-    more: Mapping[str, Mapping[str, str]],
 ) -> RenderableType:
-    """A line per way, a column per size, medians in milliseconds; ``rows`` by both; ``more`` columns behind."""
+    """A line per way, a column per size, medians in milliseconds; ``rows`` by both."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, title=title, title_justify="left")
     table.add_column(corner, overflow="fold")
     sizes = list(dict.fromkeys(size for _, size in rows))
-    for heading in (*sizes, "rel. L2", *more):
+    for heading in (*sizes, "rel. L2"):
         table.add_column(heading, justify="right")
     for way in dict.fromkeys(way for way, _ in rows):
         worst = max(row.relative_l2 for (name, _), row in rows.items() if name == way)
         medians = (_figure(rows[way, size].time.median_ms) for size in sizes)
-        table.add_row(way, *medians, f"{worst:.1e}", *(column.get(way, "-") for column in more.values()))
+        table.add_row(way, *medians, f"{worst:.1e}")
     return table
 
 
@@ -172,12 +227,12 @@ def _ratio(ratio: float) -> str:
     return f"{ratio:.2f}"
 
 
-def _spread(times: Sequence[Time]) -> str:
+def _spread(times: Sequence[Time], oracle: str = "from float64, the worst of the line") -> str:
     spreads = [(t.third_quartile_ms - t.first_quartile_ms) / t.median_ms for t in times]
     runs = _range(sorted({t.runs for t in times}))
     return (
         f"medians of {runs} runs in turns; between the quartiles lie {statistics.median(spreads):.0%} of a median, "
-        f"{max(spreads):.0%} at most; rel. L2: from float64, the worst of the line"
+        f"{max(spreads):.0%} at most; rel. L2: {oracle}"
     )
 
 

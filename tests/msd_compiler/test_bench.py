@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import importlib.util
 import io
 import sys
@@ -17,28 +19,37 @@ from rich.console import Console
 from support import model, nbits_weight
 
 import msd_compiler
-from msd_compiler import MsdError, OptionError, cli
+from msd_compiler import MsdError, OptionError, OutputError, cli
 from msd_compiler.bench import (
     AttentionGrid,
     AttentionReport,
+    DecodeReport,
+    DecodersGrid,
     Effort,
     LinearGrid,
     LinearReport,
     ModelsReport,
     Report,
     bench_attention,
+    bench_decode,
     bench_linear,
     bench_models,
     plot,
     view,
 )
+from msd_compiler.bench import linear as linear_module
 from msd_compiler.bench.attention import WAYS as ATTENTION_WAYS
-from msd_compiler.bench.decoding import DecodeGrid
-from msd_compiler.bench.linear import OURS, PORTABLE, WAYS, Weight
-from msd_compiler.bench.machine import read_bytes_per_second
+from msd_compiler.bench.decode import UNITS
+from msd_compiler.bench.decode import _open as open_decoder
+from msd_compiler.bench.decoding import DecodeGrid, time_decoding
+from msd_compiler.bench.linear import OPENVINO, OURS, PORTABLE, WAYS, Weight
+from msd_compiler.bench.llama import DEQUANTIZE, LEVEL_0, LEVEL_4, Llama, write
+from msd_compiler.bench.machine import Limits, measure_limits
+from msd_compiler.bench.openvino import is_installed
 from msd_compiler.bench.profile import site_times
 from msd_compiler.bench.timing import LEAST_RUNS, Time, in_turns
-from msd_compiler.runtime import runtime_version
+from msd_compiler.doctor import isa_names
+from msd_compiler.runtime import RuntimeRefused, library_path, runtime_version, session
 
 TINY_LLAMA = Path(str(files("msd_compiler") / "data" / "tiny_llama.onnx"))
 GRAPH = """(float[M, 64] x) => (float[M, 48] y) {
@@ -49,8 +60,11 @@ GRID = LinearGrid(
     rows=(1, 3),
     shapes=((256, 96),),
     weights=(Weight("int8 per channel", 8, None), Weight("int8 block 128", 8, 128), Weight("int4 block 32", 4, 32)),
+    ramp=((256, 48), (128, 96)),
+    ramp_rows=(1, 2),
     read_bytes=2**16,
 )
+LLAMA = Llama(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=96, vocabulary=128, block=32, positions=64, seed=1)
 RUNTIME = runtime_version()
 
 
@@ -101,8 +115,48 @@ def test_quartiles():
     assert Time.of([0.001]).third_quartile_ms == 1
 
 
-def test_read_bandwidth():
-    assert 1e8 < read_bytes_per_second(2**22) < 1e13
+# --- limits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_limits(threads):
+    found = measure_limits(threads, 2**22)
+    assert 1e8 < found.read_bytes_per_second < 1e13
+    assert all(1e8 < rate < 1e14 for rate in found.operations_per_second.values())
+
+
+def test_loops_of_every_instruction_set():
+    library = ctypes.CDLL(str(library_path()))
+    try:
+        for name in isa_names(library_path()):
+            assert library.msd_select_isa(name.encode()) == 1
+            found = measure_limits(1, 2**16).operations_per_second
+            assert found.keys() == (set() if name == "scalar" else {"float32", "int16", "int8"})
+    finally:
+        library.msd_select_isa(b"")
+
+
+def test_limits_need_the_library(monkeypatch, tmp_path):
+    old = tmp_path / "old.so"
+    monkeypatch.setattr("msd_compiler.bench.machine.library_path", lambda: old)
+    with pytest.raises(RuntimeRefused, match=r"old\.so"):
+        measure_limits()
+    monkeypatch.setattr("ctypes.CDLL", lambda path: object())
+    with pytest.raises(RuntimeRefused, match=r"old.so' is an old one: it has no msd_multiply_add and msd_read; build"):
+        measure_limits()
+
+
+def test_share_of_the_limit():
+    limits = Limits(operations_per_second={"int16": 100.0}, read_bytes_per_second=10.0, last_cache_bytes=0)
+    computes = limits.reached(2.0, "int16", operations=120, size=5)
+    assert (computes.share, computes.by, computes.compute_share, computes.memory_share) == (0.6, "int16", 0.6, 0.25)
+    reads = limits.reached(2.0, "int16", operations=10, size=15)
+    assert (reads.share, reads.by) == (0.75, "memory")
+    unknown = limits.reached(2.0, "int8", operations=10, size=15)
+    assert (unknown.share, unknown.by, unknown.compute_share) == (0.75, "memory", None)
+    assert limits.least_seconds("int16", 120, 5) == 1.2
+    assert limits.least_seconds("int8", 120, 5) == 0.5
+    assert limits.best(limits.model_copy(update={"read_bytes_per_second": 20.0})).read_bytes_per_second == 20
 
 
 # --- models --------------------------------------------------------------------------------------------------------
@@ -171,9 +225,9 @@ def test_screen(decoders):
         assert words in text
 
 
-def test_json(decoders, products, steps):
+def test_json(decoders, products, steps, llamas):
     endless = steps.model_copy(update={"rows": [steps.rows[0].model_copy(update={"relative_l2": float("inf")})]})
-    for report in (decoders, products, steps, endless):
+    for report in (decoders, products, steps, llamas, endless):
         assert type(report).model_validate_json(report.model_dump_json()) == report
 
 
@@ -229,9 +283,9 @@ def test_too_many_tokens_end_decoding(monkeypatch):
 
 
 def test_products(products):
-    ways = [way.name for way in (*WAYS, PORTABLE)]
+    ways = [way.name for way in (*WAYS, PORTABLE, *(OPENVINO if is_installed() else []))]
     for weight in GRID.weights:
-        found = [r.way for r in products.rows if r.weight == weight.name and r.m == 1]
+        found = [r.way for r in products.rows if (r.k, r.n, r.m, r.weight) == (256, 96, 1, weight.name)]
         if weight.bits == 4 or RUNTIME >= (1, 22):
             assert found == ways
         else:  # no MatMulNBits of 8 bits
@@ -239,14 +293,137 @@ def test_products(products):
             assert any("MatMulNBits level 0" in note and weight.name in note for note in products.notes)
     for row in products.rows:
         assert row.ratio > 0
-        assert (row.bandwidth_share is None) == (row.m != 1)
+        limits, seconds = products.limits, row.time.median_ms / 1e3
+        assert row.limit == limits.reached(seconds, row.unit, row.operations, row.stored_bytes)
+        assert row.limit.share == pytest.approx(
+            limits.least_seconds(row.unit, row.operations, row.stored_bytes) / seconds
+        )
         assert row.relative_l2 < 0.05
         if row.way in (OURS.name, PORTABLE.name):
             assert row.relative_l2 < 1e-4
         if row.way == WAYS[0].name:
             assert row.ratio == 1
             assert row.relative_l2 < 1e-6
-    assert "256 x 96, int4 block 32" in shown(products)
+    assert {(r.k, r.n, r.m) for r in products.rows} == {
+        *((256, 96, m) for m in GRID.rows),
+        *((*shape, m) for shape in GRID.ramp for m in GRID.ramp_rows),
+    }
+    text = shown(products)
+    assert "256 x 96, int4 block 32" in text
+    assert "256 x 48" not in text  # for the plot
+    assert "% of limit at M =" in text
+
+
+def test_openvino_that_does_not_load_is_noted(monkeypatch):
+    monkeypatch.setattr(linear_module, "is_installed", lambda: True)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    grid = LinearGrid(rows=(1,), shapes=((128, 32),), weights=(Weight("int8", 8, None),), ramp=(), read_bytes=2**16)
+    found = bench_linear(runs=3, seconds=0, grid=grid)
+    assert not any(row.way.startswith("OpenVINO") for row in found.rows)
+    notes = [note for note in found.notes if note.startswith("OpenVINO")]
+    assert len(notes) == len(OPENVINO)
+    assert notes[0].startswith("OpenVINO, int8: OpenVINO does not take it: import of openvino halted")
+
+
+# --- decoders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llamas() -> DecodeReport:
+    grid = DecodersGrid(LLAMA, steps=DecodeGrid(16, (16,), buffers=True), starts=1, read_bytes=2**16)
+    return bench_decode(runs=3, seconds=0, grid=grid)
+
+
+def test_llamas(llamas):
+    ways = [DEQUANTIZE, LEVEL_0, LEVEL_4, "compiled"]
+    assert list(UNITS) == ways
+    assert [d.weight for d in llamas.decoders] == ["int8 block 32", "int4 block 32"]
+    assert llamas.shape["hidden"] == 64
+    for decoder in llamas.decoders:
+        known = ways
+        if decoder.weight.startswith("int8") and RUNTIME < (1, 22):  # no MatMulNBits of 8 bits
+            known = [DEQUANTIZE, "compiled"]
+            assert any(note.startswith(f"{LEVEL_0}, int8 block 32: ") for note in llamas.notes)
+        assert [(r.tokens, r.cached, r.model) for r in decoder.decoding] == [
+            (*step, way) for step in ((16, 0), (1, 16)) for way in known
+        ]
+        assert [row.model for row in decoder.fresh] == known
+        for row in decoder.decoding:
+            assert row.tokens_per_second == pytest.approx(1e3 * row.tokens / row.time.median_ms)
+            operations = 2 * llamas.weights * row.tokens
+            seconds = row.time.median_ms / 1e3
+            assert row.limit == llamas.limits.reached(seconds, UNITS[row.model], operations, decoder.stored_bytes)
+            if LEVEL_0 not in known:
+                assert row.relative_l2 is None
+            elif row.model == "compiled":
+                assert row.relative_l2 < 2e-4
+            else:
+                assert (row.relative_l2 == 0) == (row.model == LEVEL_0)
+    text = shown(llamas)
+    for words in ("int4 block 32, a prompt of 16 tokens", "int8 block 32, 1 token after 16", "limit %"):
+        assert words in text
+
+
+def test_a_disk_that_is_full(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("msd_compiler.bench.decode.write", full)
+    with pytest.raises(OutputError, match=r"the decoder cannot be written to '.*': No space left on device"):
+        bench_decode(grid=DecodersGrid(LLAMA, read_bytes=2**16))
+
+
+def test_a_decoder_without_its_exact_spelling(monkeypatch):
+    """As onnxruntime 1.20 has none of 8 bits."""
+
+    def refuse(label, path, threads):
+        if label == LEVEL_0:
+            raise RuntimeRefused("no")
+        return open_decoder(label, path, threads)
+
+    monkeypatch.setattr("msd_compiler.bench.decode._open", refuse)
+    grid = DecodersGrid(LLAMA, bits=(4,), steps=DecodeGrid(4, (4,)), starts=1, read_bytes=2**16)
+    found = bench_decode(runs=3, seconds=0, grid=grid)
+    assert found.notes == [f"{LEVEL_0}, int4 block 32: no"]
+    assert {row.relative_l2 for row in found.decoders[0].decoding} == {None}
+    assert shown(found)
+
+
+def test_llama_is_what_it_says(tmp_path):
+    assert round(Llama().parameters / 1e6) == 336
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+        files = write(folder, LLAMA, 4)
+    a, b = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in folders)
+    assert a == b  # the same seed, the same bytes
+    proto = onnx.load(files[DEQUANTIZE])
+    stored = {t.name: np.prod(t.dims) for t in proto.graph.initializer}
+    weights, scales = (sum(n for name, n in stored.items() if name.endswith(end)) for end in (".weight", ".scales"))
+    assert weights == LLAMA.parameters
+    assert 4 * scales + LLAMA.weights // 2 == LLAMA.stored_bytes(4)
+
+
+@pytest.mark.parametrize("bits", [4] if RUNTIME < (1, 22) else [4, 8])
+def test_spellings_mean_the_same(bits, tmp_path):
+    """A default session of DequantizeLinear is MatMulNBits at level 4, so the meaning shows without optimizations."""
+    files = write(tmp_path, LLAMA, bits)
+    level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    logits = []
+    for name in (DEQUANTIZE, LEVEL_0):
+        opened = session(files[name], portable=True, graph_optimization_level=level)
+        logits.append(msd_compiler.Decoder(opened, model=onnx.load(files[name])).step(np.arange(12)[None]))
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
+    assert 0.5 < logits[0].std() < 2
+
+
+def test_decoding_without_buffers_goes_on_from_what_is_cached(tmp_path):
+    files = write(tmp_path, LLAMA, 4)
+    opened = (session(files[LEVEL_0], portable=True), onnx.load(files[LEVEL_0], load_external_data=False))
+    rows = time_decoding({"a": opened, "b": opened}, DecodeGrid(8, (4, 8)), runs=3, seconds=0, notes=[], exact="b")
+    assert [(r.tokens, r.cached, r.relative_l2) for r in rows] == [
+        (*step, 0.0) for step in ((8, 0), (1, 4), (1, 8)) for _ in "ab"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +453,7 @@ HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="matplotlib is not installed")
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
-@pytest.mark.parametrize("kind", ["decoders", "products", "steps"])
+@pytest.mark.parametrize("kind", ["decoders", "products", "steps", "llamas"])
 def test_plot(kind, suffix, tmp_path, request):
     path = tmp_path / f"plot{suffix}"
     plot(request.getfixturevalue(kind), path)
@@ -318,6 +495,8 @@ def test_command(layer, monkeypatch, capsys):
         (["{layer}", "--suite", "linear"], "one of MODEL and --suite is needed: what to time"),
         (["--suite", "linear", "--inputs", "x.npz"], "--inputs are for a MODEL; a suite makes its own"),
         (["--suite", "attention", "--portable"], "--portable is for --suite linear"),
+        (["--suite", "decode", "--portable"], "--portable is for --suite linear"),
+        (["{layer}", "--suite", "decode"], "one of MODEL and --suite is needed: what to time"),
         (["{layer}", "--portable"], "--portable is for --suite linear"),
         (["{layer}", "--plot", "x.pdf"], "plot 'x.pdf' must end with .svg or .png"),
     ],
