@@ -184,6 +184,8 @@ def options(threads: int = 1) -> ort.SessionOptions:
     chosen = ort.SessionOptions()
     chosen.intra_op_num_threads = threads
     chosen.log_severity_level = 4  # what the tests provoke needs no log
+    chosen.enable_cpu_mem_arena = False  # each tensor ends where its memory does, so that a sanitizer sees its bounds
+    chosen.enable_mem_pattern = False
     chosen.register_custom_ops_library(str(library_path()))
     return chosen
 

@@ -9,8 +9,11 @@ Choices that are not obvious:
 
 * both operands of ``MatMulInteger`` are uint8 with a zero point: the one pairing that is exact on every
   CPU and fast on most;
-* the terms are stacked as rows [T * M, B] of one product, which the runtime tiles better than T small ones;
+* the terms are stacked as rows [T * M, B] of one product: one row alone is half as fast again as in T products;
+* their products are taken apart and added: ``ReduceSum`` of int32 takes as long as the product itself, or longer;
 * ``Scan`` over the K-groups: one batched product would hold G x M x N partial sums;
+* all that the ``Scan`` reads from around it is constant, and it stands in no other ``Scan``: where a model has a
+  constant ``If`` within a constant ``If``, onnxruntime takes both away, and loses other names or dies;
 * ``Div(limit, peak)`` then ``Mul``: onnxruntime keeps its bits, where it turns ``Div(1, scale)`` then
   ``Mul`` into another division;
 * the last op makes Y itself and is no ``Cast`` that the runtime drops: so Y keeps the shape that the model declares for it,
@@ -41,9 +44,9 @@ class _Arithmetic:
     """Of the names of scales, offsets and bias in that type."""
     limit: str
     radix: str
+    """And what only `combine` needs: the runtime tells the user of constants that nothing uses."""
     combine: str
-    """Ops from ``passes`` (int32 [T, M, N]) to ``weighted``, whose sum over T is exact."""
-    exact_id: int
+    """Ops from ``passes`` (int32 [T, M, N]) to ``exact`` [M, N]."""
 
 
 _FLOAT32 = _Arithmetic(
@@ -51,18 +54,35 @@ _FLOAT32 = _Arithmetic(
     real_id=1,
     suffix="_float",
     limit="limits = Constant <value = float[2] {127, 32258}> ()\nlimit = Slice (limits, terms_less_1, terms)",
-    radix="radix_all = Constant <value = float[2] {254, 1}> ()",
-    combine="weighted = Mul (passes, radix_passes)",
-    exact_id=6,
+    radix="""
+        radix_all = Constant <value = float[2] {254, 1}> ()
+        base_wide = Constant <value = int64[1] {254}> ()
+        weight_of_first_wide = Mul (terms_less_1, base_wide)
+        weight_of_first = Cast <to = 6> (weight_of_first_wide)""",
+    # A single term is both the first and the last, and counts once.
+    combine="""
+        first = Gather (passes, term_0)
+        last = Gather (passes, last_term)
+        first_weighted = Mul (first, weight_of_first)
+        exact = Add (first_weighted, last)""",
 )
 _FLOAT64 = _Arithmetic(
     real="double",
     real_id=11,
     suffix="_double",
     limit="limit = Constant <value = double[1] {8193532}> ()",
-    radix="radix_all = Constant <value = double[3] {64516, 254, 1}> ()",
-    combine="passes_exact = Cast <to = 11> (passes)\nweighted = Mul (passes_exact, radix_passes)",
-    exact_id=11,
+    radix="""
+        radix_all = Constant <value = double[3] {64516, 254, 1}> ()
+        term_1 = Constant <value = int64 {1}> ()""",
+    combine="""
+        passes_exact = Cast <to = 11> (passes)
+        first = Gather (passes_exact, term_0)
+        middle = Gather (passes_exact, term_1)
+        last = Gather (passes_exact, last_term)
+        first_weighted = Mul (first, base)
+        upper = Add (first_weighted, middle)
+        upper_weighted = Mul (upper, base)
+        exact = Add (upper_weighted, last)""",
 )
 
 
@@ -70,6 +90,8 @@ def _branch(a: _Arithmetic, reduce: Reductions) -> str:
     """Decompose the grouped activation and multiply it with the unpacked weight, group by group."""
     return f"""
     half = Constant <value = uint8 {{128}}> ()
+    term_0 = Constant <value = int64 {{0}}> ()
+    last_term = Constant <value = int64 {{-1}}> ()
     zero = Constant <value = {a.real} {{0}}> ()
     base = Constant <value = {a.real} {{254}}> ()
     shift = Constant <value = {a.real} {{128}}> ()
@@ -102,15 +124,12 @@ def _branch(a: _Arithmetic, reduce: Reductions) -> str:
     digits_shifted = Add (digits, shift)
     digits_uint8 = Cast <to = 2> (digits_shifted)
 
-    radix_passes_shape = Constant <value = int64[3] {{-1, 1, 1}}> ()
-    radix_3d = Reshape (radix, radix_passes_shape)
-    radix_passes = Cast <to = {a.exact_id}> (radix_3d)
     digits_GTMB = Transpose <perm = [2, 0, 1, 3]> (digits_uint8)
     stacked_shape = Concat <axis = 0> (groups, minus_one, block)
     digits_stacked = Reshape (digits_GTMB, stacked_shape)
-    passes_shape = Concat <axis = 0> (terms, minus_one, n)
     step_GM1 = Transpose <perm = [1, 0, 2]> (step)
     sums_GM1 = Transpose <perm = [1, 0, 2]> (code_sums)
+    passes_shape = Concat <axis = 0> (terms, minus_one, n)
     m = Shape (x_groups)
     m_1 = Slice (m, at_0, at_1)
     acc_shape = Concat <axis = 0> (m_1, n)
@@ -122,7 +141,6 @@ def _branch(a: _Arithmetic, reduce: Reductions) -> str:
         passes_stacked = MatMulInteger (d, w, half, z)
         passes = Reshape (passes_stacked, passes_shape)
         {a.combine}
-        {reduce("exact", "ReduceSum", "weighted", 0, keep=0)}
         product = Cast <to = {a.real_id}> (exact)
         drift = Mul (o, r)
         centred = Sub (product, drift)
@@ -151,12 +169,13 @@ def matmul_body(opset: int) -> onnx.FunctionProto:
     offsets_2d = Reshape (offsets_t, columns_shape)
     offsets_cut = Slice (offsets_2d, at_0, n, at_1)
     offsets_3d = Reshape (offsets_cut, middle_shape)
-    offsets_float = Expand (offsets_3d, per_column)
+    per_group = Concat <axis = 0> (groups, at_1, at_1)
+    offsets_float = Expand (offsets_3d, per_group)
     bias_float = Identity (bias)
     scales_wide = Cast <to = 11> (scales_3d)
     offsets_wide = Cast <to = 11> (offsets_3d)
     scales_double = Expand (scales_wide, per_column)
-    offsets_double = Expand (offsets_wide, per_column)
+    offsets_double = Expand (offsets_wide, per_group)
     bias_double = Cast <to = 11> (bias)
     x = Cast <to = 1> (A)
     {GROUPS}

@@ -23,8 +23,10 @@ class _Width:
     digits: tuple[str, ...]
     """uint8 tensors [M, K] that a code is made of."""
     setup: str
-    product: str
+    whole: str
     """From ``d0``, ``d1``, the weight ``w`` and its zero points ``z`` to ``exact``: an integer, in int32 or double."""
+    group: str
+    """Likewise for up to `layout.LONGEST_GROUP` steps of K, in int32."""
 
 
 _BYTE = _Width(
@@ -32,12 +34,17 @@ _BYTE = _Width(
     """
     codes_byte = Cast <to = 2> (codes)
     z0 = Cast <to = 2> (z_code)""",
-    "exact = MatMulInteger (d0, w, z0, z)",
+    whole="exact = MatMulInteger (d0, w, z0, z)",
+    group="exact = MatMulInteger (d0, w, z0, z)",
 )
+_TWO_PRODUCTS = """
+    high_product = MatMulInteger (d0, w, z0, z)
+    low_product = MatMulInteger (d1, w, z1, z)"""
 _TWO_BYTES = _Width(
     ("high_byte", "low_byte"),
     """
     byte = Constant <value = float {256}> ()
+    byte_int = Constant <value = int32 {256}> ()
     byte_double = Constant <value = double {256}> ()
     high_raw = Div (codes, byte)
     high = Floor (high_raw)
@@ -51,13 +58,14 @@ _TWO_BYTES = _Width(
     low_byte = Cast <to = 2> (low)
     z0 = Cast <to = 2> (z_high)
     z1 = Cast <to = 2> (z_low)""",
-    """
-    high_product = MatMulInteger (d0, w, z0, z)
-    low_product = MatMulInteger (d1, w, z1, z)
+    whole=f"""{_TWO_PRODUCTS}
     high_exact = Cast <to = 11> (high_product)
     low_exact = Cast <to = 11> (low_product)
     high_weighted = Mul (high_exact, byte_double)
     exact = Add (high_weighted, low_exact)""",
+    group=f"""{_TWO_PRODUCTS}
+    high_weighted = Mul (high_product, byte_int)
+    exact = Add (high_weighted, low_product)""",
 )
 
 
@@ -70,7 +78,7 @@ def _whole(width: _Width) -> str:
     w = Reshape (w_GBN, w_shape_2d)
     z_rows = Slice (zero_points_GN, at_0, at_1, at_0)
     z = Reshape (z_rows, n)
-    {width.product}
+    {width.whole}
     product = Cast <to = 1> (exact)
     sw = Reshape (scales_first, n)
     scale = Mul (s_x, sw)
@@ -92,7 +100,7 @@ def _grouped(width: _Width) -> str:
     acc = Scan <num_scan_inputs = {count + 3}, body = group (
             float[?, ?] sum_in, {inputs}, uint8[?, ?] w, float[1, ?] sw, uint8[?] z
         ) => (float[?, ?] sum_out) {{
-        {width.product}
+        {width.group}
         product = Cast <to = 1> (exact)
         scale = Mul (s_x, sw)
         contribution = Mul (product, scale)

@@ -45,7 +45,7 @@ inline constexpr uint32_t kApiVersion = 17;
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 
 // Same numbers as TensorProto.DataType for the types used here.
-enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
+enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kUint16 = 4, kInt16 = 5, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
 
 enum Characteristic : int { kRequired = 0 };
 enum MemoryType : int { kDefaultMemory = 0 };

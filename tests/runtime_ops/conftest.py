@@ -99,6 +99,8 @@ def options(threads: int = 1, *, native: bool = True, optimize: bool = True) -> 
     chosen = ort.SessionOptions()
     chosen.intra_op_num_threads = threads
     chosen.log_severity_level = 4  # what the tests provoke needs no log
+    chosen.enable_cpu_mem_arena = False  # each tensor ends where its memory does, so that a sanitizer sees its bounds
+    chosen.enable_mem_pattern = False
     level = ort.GraphOptimizationLevel
     chosen.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     if native:
@@ -110,6 +112,14 @@ def matmul_node(name: str, dtype: int, inputs: list[str], output: str, **attribu
     stated = {"layout": layout.LAYOUT, "output_dtype": dtype} | attributes
     stated = {key: value for key, value in stated.items() if value is not None}
     return helper.make_node("MatMul", inputs, [output], name=name, domain="msd", **stated)
+
+
+def displaced(array: np.ndarray, by: int) -> np.ndarray:
+    """A copy that begins so many bytes behind a multiple of 16, and ends where its memory ends."""
+    memory = np.empty(array.nbytes + by, np.uint8)
+    copy: np.ndarray = np.ndarray(array.shape, array.dtype, memory, by)
+    copy[...] = array
+    return copy
 
 
 def open_model(dtype: np.dtype, **attributes: object) -> onnx.ModelProto:
@@ -147,7 +157,7 @@ def library() -> ctypes.CDLL:
     return library
 
 
-@pytest.fixture(params=["avx512-vnni", "avx-vnni", "avx2", "scalar"])
+@pytest.fixture(params=["avx512-vnni", "avx-vnni", "avx2", "neon-dotprod", "scalar"])
 def variant(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Iterator[str]:
     """Runs the test with each native kernel of this machine."""
     if library.msd_select_isa(request.param.encode()) == 0:
@@ -198,6 +208,7 @@ class Helpers:
 
     make_site = staticmethod(make_site)
     options = staticmethod(options)
+    displaced = staticmethod(displaced)
     matmul_node = staticmethod(matmul_node)
     open_model = staticmethod(open_model)
     onnx_type = staticmethod(lambda dtype: ONNX_TYPE[np.dtype(dtype)])

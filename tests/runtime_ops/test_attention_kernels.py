@@ -72,6 +72,18 @@ def test_narrow_floats(variant, native, dtype, scales):
             assert_same_bits(native(case), case.reference())
 
 
+@pytest.mark.parametrize("by", [1, 2, 4, 12])
+@pytest.mark.parametrize("scales", SCALES)
+def test_any_address(variant, native, helpers, scales, by):
+    """onnxruntime hands arrays on as they are, wherever they begin."""
+    mask = np.random.default_rng(0).normal(size=(1, 1, 4, 304))
+    for bits in (8, 4):
+        for dtype in (np.float32, np.float16):
+            case = make_case(queries=4, past=300, columns=20, group=2, bits=bits, scales=scales, dtype=dtype, mask=mask)
+            moved = case.but(**{k: helpers.displaced(v, by) for k, v in case.operands.items()})
+            assert_same_bits(native(moved), case.reference())
+
+
 @pytest.mark.parametrize("window", [1, 2, 16, 100, 256, 257, 10**6])
 @pytest.mark.parametrize("causal", [True, False])
 def test_window(variant, native, window, causal):

@@ -122,29 +122,45 @@ def test_bfloat16(helpers, opset):
     same(session.run(None, {"A": a.astype(np.float32)})[0], site.reference(a).astype(np.float32))
 
 
+def choice(condition, node, n):
+    """An If: ``node``, or zeros."""
+    zeros = helper.make_node("Constant", [], ["zeros"], value=numpy_helper.from_array(np.zeros((1, n), np.float32)))
+    then_branch = helper.make_graph([node], "then", [], [value(node.output[0])])
+    else_branch = helper.make_graph([zeros], "else", [], [value("zeros")])
+    output = f"{node.output[0]}_or_0"
+    return helper.make_node("If", [condition], [output], then_branch=then_branch, else_branch=else_branch)
+
+
 def test_within_an_if(helpers, opset):
     site = helpers.make_site(40, 18, bits=4, block_size=16)
-    branches = {
-        f"{name}_branch": helper.make_graph(
-            [helpers.matmul_node(name, TensorProto.FLOAT, ["A", *names(site, "")], f"y_{name}")]
-            if name == "then"
-            else [helper.make_node("Constant", [], ["y_else"], value=numpy_helper.from_array(np.zeros((1, 18), np.float32)))],
-            name,
-            [],
-            [value(f"y_{name}")],
-        )
-        for name in ("then", "else")
-    }  # fmt: skip
+    node = helpers.matmul_node("site", TensorProto.FLOAT, ["A", *names(site, "")], "y")
     model = model_of(
         opset,
-        [helper.make_node("If", ["c"], ["Y"], **branches)],
+        [choice("c", node, 18)],
         [value("A", shape=["m", 40]), value("c", TensorProto.BOOL, [])],
-        [value("Y")],
+        [value("y_or_0")],
         constants(site, ""),
     )
     session = ort.InferenceSession(model, helpers.options(native=False))
     a = activation((3, 40))
     same(session.run(None, {"A": a, "c": np.array(True)})[0], site.reference(a))
+
+
+@pytest.mark.parametrize("terms", [2, 3])
+def test_within_constant_ifs(helpers, opset, terms):
+    """The runtime takes them away, and with two of them loses names within a Scan."""
+    site = helpers.make_site(40, 18, bits=4, block_size=16, terms=terms)
+    node = helpers.matmul_node("site", TensorProto.FLOAT, ["A", *names(site, "")], "y")
+    model = model_of(
+        opset,
+        [choice("c", choice("c", node, 18), 18)],
+        [value("A", shape=["m", 40])],
+        [value("y_or_0_or_0")],
+        [*constants(site, ""), numpy_helper.from_array(np.array(True), "c")],
+    )
+    session = ort.InferenceSession(model, helpers.options(native=False))
+    a = activation((3, 40))
+    same(session.run(None, {"A": a})[0], site.reference(a))
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 8, 24, 48, 256])

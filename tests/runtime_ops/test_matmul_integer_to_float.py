@@ -155,6 +155,17 @@ def test_largest_sums(variant, run, dtype, weight, rows):
         assert_same_bits(run(product, native=False), expected)
 
 
+@pytest.mark.parametrize("by", [1, 2, 4, 12])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_any_address(variant, run, helpers, dtype, by):
+    """onnxruntime hands arrays on as they are, wherever they begin."""
+    for bits in (2, 4, 8):
+        for rows in (1, 9):
+            product = case(dtype, rows, 75, 37, bits=bits, one=bits == 4)
+            moved = product.but(**{k: helpers.displaced(v, by) for k, v in product.operands.items()})
+            assert_same_bits(run(moved), product.reference())
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     dtype=st.sampled_from(TYPES),

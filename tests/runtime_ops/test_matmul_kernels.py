@@ -10,11 +10,11 @@ from msd_compiler.runtime_ops.matmul.layout import pack_codes, pack_columns
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # of reference.py, where a test asks for it
 
-TILE_ROWS, TILE_COLUMNS, LINE_K = 4, 16, 4
+TILE_ROWS, TILE_COLUMNS, LINE_K = (4, 6, 8), (16, 32), 4  # each kernel has some of these
 
 
-def around(tile: int) -> list[int]:
-    return [1, tile - 1, tile, tile + 1, 2 * tile + 3]
+def around(tiles: tuple[int, ...]) -> list[int]:
+    return sorted({size for tile in tiles for size in (1, tile - 1, tile, tile + 1, 2 * tile + 3)})
 
 
 def activation(rows: int, k: int, dtype: type = np.float32, seed: int = 1) -> np.ndarray:
@@ -30,7 +30,7 @@ def assert_same_bits(y: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(np.signbit(y[is_number]), np.signbit(expected[is_number]))
 
 
-@pytest.mark.parametrize("rows", [*around(TILE_ROWS), 8, 9, 13])
+@pytest.mark.parametrize("rows", around(TILE_ROWS))
 @pytest.mark.parametrize("n", around(TILE_COLUMNS))
 def test_rows_and_columns(variant, native, helpers, rows, n):
     for bits in (2, 4, 8):
@@ -81,6 +81,18 @@ def test_largest_sums(variant, native, helpers, terms, code, zero_point, rows):
         a[:, 1::2] *= np.float32(0.99)
         a[-1, 256:] = sign * 3.5
         assert_same_bits(native(a, site), site.reference(a))
+
+
+@pytest.mark.parametrize("by", [1, 2, 4, 12])
+def test_any_address(variant, native, helpers, by):
+    """onnxruntime hands arrays on as they are, wherever they begin."""
+    for bits in (2, 4, 8):
+        site = helpers.make_site(75, 37, bits=bits, columns="group")
+        weight = {k: helpers.displaced(v, by) for k, v in site.operands().items() if k != "plan"}
+        for rows in (1, 9):
+            for dtype in (np.float32, np.float16):
+                a = activation(rows, 75, dtype)
+                assert_same_bits(native(helpers.displaced(a, by), site.but(**weight)), site.reference(a))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

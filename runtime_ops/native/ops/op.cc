@@ -1,5 +1,7 @@
 #include "op.h"
 
+#include <cstring>
+
 namespace msd {
 namespace {
 
@@ -26,6 +28,32 @@ std::vector<int64_t> dimensions(const OrtApi* api, const OrtTensorTypeAndShapeIn
   std::vector<int64_t> dims(rank);
   if (rank > 0) check(ort::GetDimensions::call(api, info, dims.data(), rank));
   return dims;
+}
+
+size_t size_of(ort::ElementType type) {
+  switch (type) {
+    case ort::kUint16:
+    case ort::kInt16:
+    case ort::kFloat16:
+    case ort::kBfloat16:
+      return 2;
+    case ort::kFloat:
+      return 4;
+    case ort::kInt64:
+      return 8;
+    default:
+      return 1;
+  }
+}
+
+void align(Tensor& tensor) {
+  const size_t size = size_of(tensor.type);
+  if (reinterpret_cast<uintptr_t>(tensor.data) % size == 0) return;
+  size_t bytes = size;
+  for (const int64_t dim : tensor.shape) bytes *= static_cast<size_t>(dim);
+  tensor.copy.reset(new char[bytes]);
+  std::memcpy(tensor.copy.get(), tensor.data, bytes);
+  tensor.data = tensor.copy.get();
 }
 
 class Scratch {
@@ -61,6 +89,7 @@ Tensor read_input(const OrtApi* api, const OrtKernelContext* context, size_t ind
   void* data = nullptr;
   check(ort::GetTensorMutableData::call(api, const_cast<OrtValue*>(value), &data));
   tensor.data = data;
+  align(tensor);
   return tensor;
 }
 

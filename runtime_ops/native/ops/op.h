@@ -56,11 +56,12 @@ inline std::string text_of(const std::vector<int64_t>& shape) {
   return text + "]";
 }
 
-// An input of a running node. Its memory is the runtime's.
+// An input of a running node. Its memory is the runtime's, or `copy`.
 struct Tensor {
   ort::ElementType type;
   std::vector<int64_t> shape;
-  const void* data;
+  const void* data;              // aligned for its type, and for no more than that
+  std::unique_ptr<char[]> copy;  // where the runtime's memory is not: an array or a data file may begin at any byte
 };
 
 // Throws Refused if input `index` is absent.
