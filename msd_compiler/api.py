@@ -13,6 +13,9 @@ import onnx
 
 from .attention import AttentionSite, handing_on
 from .build import NodeBuilder
+from .choose import Overrides
+from .cost.profile import Way
+from .cost.workload import DEFAULT as DEFAULT_WORKLOAD
 from .decide import Activations, Decided, Options, decide
 from .edit import Edit
 from .errors import OptionError, OutputError
@@ -22,6 +25,8 @@ from .inputs import Feed, NoInputs
 from .kv_cache import KvCache, store_caches_as_codes
 from .passes.lower_attention import keep_shapes, lower_attention, plan_of_cache
 from .passes.lower_linear import lower_linear
+from .passes.lower_to_float import lower_to_float
+from .pricing import Target
 from .quantize import Quantization
 from .report import METADATA_KEY, Outcome, Report, SiteRow, Verification, embedded_report, summarize
 from .runtime import SAY_NOTHING, RuntimeRefused, TimedOut, open_model, session
@@ -80,19 +85,26 @@ def inspect(
     quantization: Quantization | None = None,
     activations: Literal["keep", "upgrade"] = "keep",
     kv_cache: KvCache | None = None,
+    target: str | None = None,
+    workload: str = DEFAULT_WORKLOAD,
+    budget: float | None = None,
+    overrides: Sequence[str] = (),
+    samples: Sequence[Feed] | None = None,
 ) -> Report:
     """What `compile` would do with a model, or, for a result of it, what it did.
 
     Raises:
         ModelError: the model cannot be read.
-        OptionError: the installed onnxruntime cannot round weights so.
+        OptionError: an option is impossible, or the installed onnxruntime cannot round weights so.
     """
     source = load(model)
     known = embedded_report(source.proto)
     if known is not None:
         return known.model_copy(update={"source": str(source.path) if source.path else None})
-    decided = decide(source, Options(terms, quantization, Activations(activations), kv_cache), silent)
-    return _report(decided.source, decided.rows)
+    priced = Target(target, workload, budget, samples)
+    asked = Options(terms, quantization, Activations(activations), kv_cache, priced, Overrides.parse(overrides))
+    decided = decide(source, asked, silent)
+    return _report(decided)
 
 
 def compile(
@@ -103,6 +115,11 @@ def compile(
     quantization: Quantization | None = None,
     activations: Literal["keep", "upgrade"] = "keep",
     kv_cache: KvCache | None = None,
+    target: str | None = None,
+    workload: str = DEFAULT_WORKLOAD,
+    budget: float | None = None,
+    overrides: Sequence[str] = (),
+    samples: Sequence[Feed] | None = None,
     verify: bool = True,
     verify_seconds: float = DEFAULT_VERIFY_SECONDS,
     tolerance: float = DEFAULT_TOLERANCE,
@@ -124,6 +141,13 @@ def compile(
             oracle is the model without it; how far that is from the model with it the report says beside it.
         kv_cache: how to make float caches low-bit, which changes the model's cache inputs and outputs; None: they stay.
             The oracle is then the model with the same rounding of its caches.
+        target: what the choice is priced for: a profile that comes with the package (``msd targets``), or a file; None: the
+            shipped one of the instruction set that the native library uses here.
+        workload: phases and their sizes, ``decode=0.8@batch1,context4096;prefill=0.2@512``, or a file with such.
+        budget: largest relative L2 error per layer, as predicted; None: 1e-4, on an accelerator 2e-3, what its bf16 keeps.
+        overrides: ``GLOB=keep|float|1|2|3`` of node names; the first that matches a layer counts.
+        samples: inputs on which the activations are looked at, for the prediction of errors; None: they are taken to be
+            Gaussian with one channel 30 times as large as the rest.
         verify: compare the result with the oracle.
         verify_seconds: time for that; what takes longer, or has more than 1 GB of weights, is verified layer by layer.
         tolerance: largest relative L2 distance of any output from the oracle.
@@ -140,23 +164,26 @@ def compile(
         raise OptionError(f"tolerance ({tolerance}) and verify seconds ({verify_seconds}) must be positive")
     if output is not None and not isinstance(model, onnx.ModelProto) and makes_folder(model, output):
         options: dict[str, Any] = {"terms": terms, "quantization": quantization, "activations": activations}
-        options |= {"kv_cache": kv_cache}
+        options |= {"kv_cache": kv_cache, "target": target, "workload": workload, "budget": budget}
+        options |= {"overrides": overrides, "samples": samples}
         options |= {"verify": verify, "verify_seconds": verify_seconds, "tolerance": tolerance}
         return _compile_folder(Path(model), Path(output), options | {"progress": progress})
+    priced = Target(target, workload, budget, samples)
+    asked = Options(terms, quantization, Activations(activations), kv_cache, priced, Overrides.parse(overrides))
     given = load(model)
-    target = None if output is None else _target(given, Path(output))
-    decided = decide(given, Options(terms, quantization, Activations(activations), kv_cache), progress)
-    source, report = decided.source, _report(decided.source, decided.rows)
+    path = None if output is None else _target(given, Path(output))
+    decided = decide(given, asked, progress)
+    source, report = decided.source, _report(decided)
     if not any(row.outcome is Outcome.REWRITTEN for row in report.sites):
         report = embedded_report(source.proto) or report  # a result says what was done to it
-        where = {"source": str(source.path) if source.path else None, "result": str(target) if target else None}
+        where = {"source": str(source.path) if source.path else None, "result": str(path) if path else None}
         report = report.model_copy(update=where)
-        return Compiled(_copy(source, target), report, target, changed=False)
+        return Compiled(_copy(source, path), report, path, changed=False)
 
     unrounded = given if source is not given and weight_bytes(given.proto) <= WHOLE_UP_TO else None
-    reference = _reference(decided, unrounded)
+    reference = _reference(decided, unrounded, report)
     check = _Check(verify, verify_seconds, tolerance, progress)
-    if target is None:
+    if path is None:
         store = WeightStore(None)
         edited, products = _rewrite(decided, report, store, progress)
         store.adopt(edited, source)
@@ -164,13 +191,13 @@ def compile(
 
     packed = sum(row.weight_bytes or 0 for row in report.sites)
     external = max(weight_bytes(source.proto), packed) > EMBED_UP_TO
-    with Output(target, source, external=external) as out:
+    with Output(path, source, external=external) as out:
         edited, products = _rewrite(decided, report, out.store, progress)
         aside = out.write(edited)
-        report = report.model_copy(update={"result": str(target)})
+        report = report.model_copy(update={"result": str(path)})
         report = check(source, Source(edited, aside.parent), reference, products, report)
         out.commit()
-    return Compiled(edited, report, target)
+    return Compiled(edited, report, path)
 
 
 def verify(
@@ -201,7 +228,7 @@ def verify(
     return verify_whole(
         before,
         after,
-        reference=_reference(decided, None),
+        reference=_reference(decided, None, embedded_report(after.proto)),
         feeds=feeds,
         runs=runs,
         tolerance=tolerance,
@@ -274,9 +301,14 @@ def _compile_folder(folder: Path, target: Path, options: dict[str, Any]) -> Comp
     return Compiled(first.model, report, target, changed=any(one.changed for one in done.values()))
 
 
-def _report(source: Source, rows: list[SiteRow]) -> Report:
+def _report(decided: Decided) -> Report:
+    source, rows = decided.source, decided.rows
     return Report(
-        source=str(source.path) if source.path else None, opset=source.opset, summary=summarize(rows), sites=rows
+        source=str(source.path) if source.path else None,
+        opset=source.opset,
+        summary=summarize(rows),
+        sites=rows,
+        pricing=decided.pricing,
     )
 
 
@@ -314,6 +346,9 @@ def _rewrite(
             ops.add("Attention")
             continue
         assert isinstance(fact, QuantizedLinear)
+        if choice.way is Way.FLOAT:
+            edit.replace(fact.scope, [fact.product], [lower_to_float(fact)])
+            continue
         nodes = lower_linear(fact, choice, build)
         edit.replace(fact.scope, fact.replaced, nodes)
         shape = linked.shape(fact.scope, fact.y)
@@ -335,12 +370,17 @@ def _rewrite(
     return proto, products
 
 
-def _reference(decided: Decided, unrounded: Source | None) -> Reference | None:
+def _reference(decided: Decided, unrounded: Source | None, report: Report | None) -> Reference | None:
     if decided.oracle is None:
         return None
     if decided.with_float_caches is not None:
         unrounded = unrounded or decided.source
-    return Reference(decided.oracle, unrounded, decided.with_float_caches, decided.other_activations)
+    keeps_rounding = report is not None and any(_keeps_rounding(row) for row in report.sites)
+    return Reference(decided.oracle, unrounded, decided.with_float_caches, decided.other_activations, keeps_rounding)
+
+
+def _keeps_rounding(row: SiteRow) -> bool:
+    return row.kind == "linear" and row.reason_code in (ReasonCode.DOES_NOT_PAY, ReasonCode.AS_ASKED)
 
 
 @dataclass(frozen=True)
@@ -392,6 +432,7 @@ class _Check:
         if (
             verification is None
             or not verification.passed
+            or any(_keeps_rounding(row) for row in report.sites)
             or any(isinstance(p, RewrittenAttention) or p.codes is not None for p in products)
         ):
             layers = verify_sites(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -15,19 +13,22 @@ import numpy as np
 import onnxruntime
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from . import api, genai, screen
 from .api import DEFAULT_TOLERANCE, DEFAULT_VERIFY_SECONDS, VerificationFailed
+from .cost.commands import calibrate, targets
+from .cost.workload import DEFAULT as DEFAULT_WORKLOAD
 from .decide import Activations
 from .errors import MsdError, OptionError, OutputError
 from .generate import Generated, prompt_of
 from .generate import generate as generate_tokens
+from .inputs import Feed
 from .kv_cache import KvCache
 from .quantize import Quantization
 from .report import Report, embedded_report
+from .screen import progress_bars
 from .source import load
-from .verification import read_feed, silent
+from .verification import read_feed
 
 FAILED, MISTAKE = 1, 2
 """Exit statuses: the result is not right enough; the user's input cannot be."""
@@ -84,8 +85,29 @@ KvCacheOption = Annotated[
 Samples = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE.npz", help="with --kv-cache: inputs to measure scales on; without, every token has its own"
+        metavar="FILE.npz",
+        help="inputs to look at activations on; with --kv-cache also for its scales (without, every token has its own)",
     ),
+]
+
+
+def _choosing(help: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel="What is chosen, and for what", **more)
+
+
+TargetOption = Annotated[
+    str | None,
+    _choosing("profile to price for: see msd targets; default: this machine's instruction set", metavar="NAME|FILE"),
+]
+WorkloadOption = Annotated[
+    str, _choosing("phases as name=share@sizes, separated by ;", metavar="PHASES|FILE", show_default=True)
+]
+Budget = Annotated[
+    float | None, _choosing("largest relative L2 per layer; default: 1e-4, for an accelerator 2e-3", min=0)
+]
+OverrideOption = Annotated[
+    list[str] | None,
+    _choosing("for layers by name; the first that matches counts", "--override", metavar="GLOB=keep|float|1|2|3"),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="a row for every layer")]
 
@@ -104,6 +126,10 @@ def compile(
     activations: ActivationsOption = Activations.KEEP,
     kv_cache: KvCacheOption = None,
     samples: Samples = None,
+    target: TargetOption = None,
+    workload: WorkloadOption = DEFAULT_WORKLOAD,
+    budget: Budget = None,
+    override: OverrideOption = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the report there, too")] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="compare the result with the oracle")] = True,
     verify_seconds: Annotated[float, typer.Option(help="time for that; then layer by layer")] = DEFAULT_VERIFY_SECONDS,
@@ -117,19 +143,25 @@ def compile(
 
     Exit status 1: the result was further from the oracle than allowed and was not kept. 2: a mistake in the input.
     """
-    quantization, cache = _quantization(quantize, block_size, asymmetric), _kv_cache(kv_cache, samples)
-    with _progress(quiet=json_) as progress:
-        target = output if output is not None else api.default_output(model)
+    feeds = None if samples is None else [read_feed(samples)]
+    quantization, cache = _quantization(quantize, block_size, asymmetric), _kv_cache(kv_cache, feeds)
+    with progress_bars(quiet=json_) as progress:
+        path = output if output is not None else api.default_output(model)
         if report is not None:
-            _check_report(report, model, target)
+            _check_report(report, model, path)
         try:
             compiled = api.compile(
                 model,
-                target,
+                path,
                 terms=terms,
                 quantization=quantization,
                 activations=activations.value,
                 kv_cache=cache,
+                target=target,
+                workload=workload,
+                budget=budget,
+                overrides=override or (),
+                samples=feeds,
                 verify=verify,
                 verify_seconds=verify_seconds,
                 tolerance=tolerance,
@@ -144,11 +176,11 @@ def compile(
     _show(compiled.report, json_, verbose)
     if not json_:
         if compiled.changed:
-            _console().print(f"wrote {target}", soft_wrap=True)
+            _console().print(f"wrote {path}", soft_wrap=True)
         else:
             why = "already rewritten" if embedded_report(compiled.model) else "nothing to rewrite"
-            _console().print(f"{why}: {target} is a copy", soft_wrap=True)
-        if genai.is_result(target):
+            _console().print(f"{why}: {path} is a copy", soft_wrap=True)
+        if genai.is_result(path):
             _console().print(genai.VERSIONS, soft_wrap=True, highlight=False)
 
 
@@ -162,13 +194,38 @@ def inspect(
     activations: ActivationsOption = Activations.KEEP,
     kv_cache: KvCacheOption = None,
     samples: Samples = None,
+    target: TargetOption = None,
+    workload: WorkloadOption = DEFAULT_WORKLOAD,
+    budget: Budget = None,
+    override: OverrideOption = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg|png", help="draw the layers' roofline; needs matplotlib")
+    ] = None,
     verbose: Verbose = False,
     json_: Json = False,
 ) -> None:
     """Show a model's linear layers: formats, sizes, what compile would do, and why not; of a result, what it did."""
-    quantization, cache = _quantization(quantize, block_size, asymmetric), _kv_cache(kv_cache, samples)
-    report = api.inspect(model, terms=terms, quantization=quantization, activations=activations.value, kv_cache=cache)
+    feeds = None if samples is None else [read_feed(samples)]
+    quantization, cache = _quantization(quantize, block_size, asymmetric), _kv_cache(kv_cache, feeds)
+    report = api.inspect(
+        model,
+        terms=terms,
+        quantization=quantization,
+        activations=activations.value,
+        kv_cache=cache,
+        target=target,
+        workload=workload,
+        budget=budget,
+        overrides=override or (),
+        samples=feeds,
+    )
+    if plot is not None:
+        from .roofline import draw_roofline  # here, for matplotlib is an extra
+
+        draw_roofline(report, plot)
     _show(report, json_, verbose)
+    if plot is not None and not json_:
+        _console().print(f"wrote {plot}", soft_wrap=True)
 
 
 @app.command(epilog="Example: msd verify model.onnx model.msd.onnx --inputs prompt.npz")
@@ -184,7 +241,7 @@ def verify(
 ) -> None:
     """Run source and result on the same inputs and compare both with the source's exact meaning."""
     feeds = None if inputs is None else [read_feed(inputs)]
-    with _progress(quiet=json_) as progress:
+    with progress_bars(quiet=json_) as progress:
         verification = api.verify(source, result, inputs=feeds, runs=runs, tolerance=tolerance, progress=progress)
     if json_:
         print(verification.model_dump_json(indent=2, exclude_none=True))
@@ -233,13 +290,13 @@ def run(
     arrays = read_feed(inputs).arrays
     if generate:
         prompt = prompt_of(arrays, inputs)
-        with _progress(quiet=json_) as progress:
+        with progress_bars(quiet=json_) as progress:
             progress("generating", 0, 1)
             generated = generate_tokens(model, prompt, portable=portable, **chosen)
         _save_arrays(output, {"tokens": generated.tokens})
         _show_generated(generated, output, json_)
         return
-    with _progress(quiet=json_) as progress:
+    with progress_bars(quiet=json_) as progress:
         progress("running", 0, 1)
         results = api.run(model, arrays, portable=portable)
     _save_arrays(output, results)
@@ -324,7 +381,7 @@ def bench_(
         bench.check_plot(plot)
     feed = None if inputs is None else read_feed(inputs)
     report: bench.Report
-    with _progress(quiet=json_) as progress:
+    with progress_bars(quiet=json_) as progress:
         if model is not None:
             effort = bench.Effort(runs, seconds)
             report = bench.bench_models(
@@ -366,13 +423,17 @@ def doctor_(json_: Json = False) -> None:
         raise typer.Exit(FAILED)
 
 
+app.command("targets", epilog="Example: msd targets")(targets)
+app.command("calibrate", epilog="Example: msd calibrate -o here.toml")(calibrate)
+
+
 @app.command(epilog="Example: msd demo -o demo.msd.onnx")
 def demo(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="keep the result there")] = None,
     json_: Json = False,
 ) -> None:
     """Compile the bundled model, verify it and show the table: a small Llama with a KV cache, int4 and int8 weights."""
-    with as_file(files("msd_compiler") / "data" / "tiny_llama.onnx") as model, _progress(quiet=json_) as progress:
+    with as_file(files("msd_compiler") / "data" / "tiny_llama.onnx") as model, progress_bars(quiet=json_) as progress:
         compiled = api.compile(model, output, progress=progress)
     _show(compiled.report, json_, verbose=False)
     if not json_:
@@ -424,12 +485,8 @@ def _show(report: Report, as_json: bool, verbose: bool) -> None:
         screen.print_report(_console(), report, verbose=verbose)
 
 
-def _kv_cache(codes: Codes | None, samples: Path | None) -> KvCache | None:
-    if codes is None:
-        if samples is not None:
-            raise OptionError("--samples says how to scale the cache of --kv-cache int8 or int4; give that, too")
-        return None
-    return KvCache(8 if codes is Codes.INT8 else 4, None if samples is None else [read_feed(samples)])
+def _kv_cache(codes: Codes | None, samples: list[Feed] | None) -> KvCache | None:
+    return None if codes is None else KvCache(8 if codes is Codes.INT8 else 4, samples)
 
 
 def _quantization(codes: Codes | None, block_size: int | None, asymmetric: bool) -> Quantization | None:
@@ -470,22 +527,3 @@ def _write_report(path: Path | None, report: Report) -> None:
             path.write_text(report.json_text())
         except OSError as error:
             raise OutputError(f"report {str(path)!r} cannot be written: {error.strerror}") from error
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per stage on a terminal; nothing elsewhere."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield silent
-        return
-    columns: tuple[Any, ...] = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield show

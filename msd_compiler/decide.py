@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal
 
 from onnx import TensorProto
 
 from .attention import AttentionSite, CachePlan, bytes_per_token, not_lowered
-from .choose import Choice, choose
+from .choose import Choice, Override, Overrides, choose
+from .cost.candidates import Decided as Priced
+from .cost.profile import Way
+from .cost.work import LinearWork
+from .crests import measure_crests
 from .errors import ModelError
 from .exact_products import exact_products
 from .facts import ActivationCodes, QuantizedLinear, ReasonCode, Reject
@@ -25,10 +29,11 @@ from .linked import Linked
 from .oracle_session import Convert
 from .passes import ATTENTION_READERS, READERS, REFINERS
 from .passes.lower_linear import packed_bytes, plan_of
+from .pricing import Target, add_candidates, pricing_for, pricing_row
 from .quantize import Quantization
 from .quantize import quantize as round_weights
 from .reader import Site, find_sites
-from .report import UNSUPPORTED, Outcome, SiteRow
+from .report import UNSUPPORTED, Outcome, PricingRow, SiteRow
 from .runtime_ops.matmul.reference import LIMITS
 from .runtime_ops.spelling import OLDEST_OPSET
 from .source import Source, type_name
@@ -56,6 +61,10 @@ class Options:
     activations: Activations = Activations.KEEP
     kv_cache: KvCache | None = None
     """How to make float caches low-bit; None: they stay."""
+    target: Target = field(default_factory=Target)
+    """What the choice is priced with."""
+    overrides: Overrides = field(default_factory=Overrides)
+    """What is said of single layers."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,8 @@ class Decided:
     """By name of an attention whose cache becomes low-bit, how it is kept."""
     with_float_caches: Convert | None
     """Makes a feed of the source, whose caches are float, of one of the oracle's; None: they are the same."""
+    pricing: PricingRow
+    """What the choices were priced with, and what all take together."""
     other_activations: Source | None
     """The model with the roundings of its activations the other way: left out where kept, left in where left out."""
 
@@ -104,7 +115,8 @@ def decide(source: Source, options: Options, progress: Progress) -> Decided:
         source, rounded = round_weights(source, options.quantization, progress=progress)
     flat = inlined(source)
     with _readable(flat):
-        return _decide(source, flat, options, rounded)
+        seen = _see(source, flat, options)
+    return _decide(source, seen, options, rounded)
 
 
 @contextmanager
@@ -116,7 +128,23 @@ def _readable(source: Source) -> Iterator[None]:
         raise ModelError(f"{source.name}: its quantized activations cannot be read: {error}") from error
 
 
-def _decide(source: Source, flat: Source, options: Options, rounded: dict[str, str]) -> Decided:
+@dataclass(frozen=True)
+class _Seen:
+    """What was found in a model, before any choice; names as in `Decided`."""
+
+    linked: Linked
+    sites: list[Site]
+    forms: dict[str, str]
+    """Spelling in the source of layers that are spelled out anew, by name."""
+    dropped: dict[str, str]
+    """The rounding of its activation that a layer loses, by name."""
+    oracle: Source | None
+    other_activations: Source | None
+    caches: Mapping[str, CachePlan]
+    with_float_caches: Convert | None
+
+
+def _see(source: Source, flat: Source, options: Options) -> _Seen:
     linked = Linked.of(flat)
     kept = exact_products(linked)
     if options.activations is Activations.UPGRADE:
@@ -132,46 +160,90 @@ def _decide(source: Source, flat: Source, options: Options, rounded: dict[str, s
         is_rounded = any(_codes(site) is not None for site in sites)
         oracle = kept if kept is not flat else source
         other = float_activations(as_it_is)[0] if is_rounded else None
-    caches: dict[str, CachePlan] = {}
-    convert: Convert | None = None
-    meaning: Source | None = oracle
-    if options.kv_cache is not None:
-        changeable = _changeable(sites, options.kv_cache)
-        caches = cache_plans(linked.source, changeable, options.kv_cache)
-        if caches:
-            convert = float_caches(changeable, caches)
-            told = has_oracle(changeable, options.kv_cache)
-            meaning = _with_rounded_cache(oracle, caches) if told else None
-            other = _with_rounded_cache(other, caches) if told and other is not None else None
-    choices = choose(linked, sites, options.terms)
+    seen = _Seen(linked, sites, forms, dropped, oracle, other, {}, None)
+    return seen if options.kv_cache is None else _with_low_bit_caches(seen, oracle, options.kv_cache, options.overrides)
+
+
+def _with_low_bit_caches(seen: _Seen, oracle: Source, how: KvCache, overrides: Overrides) -> _Seen:
+    changeable = _changeable(seen.sites, how, overrides)
+    caches = cache_plans(seen.linked.source, changeable, how)
+    if not caches:
+        return seen
+    other = seen.other_activations
+    told = has_oracle(changeable, how)
+    return replace(
+        seen,
+        oracle=_with_rounded_cache(oracle, caches) if told else None,
+        other_activations=_with_rounded_cache(other, caches) if told and other is not None else None,
+        caches=caches,
+        with_float_caches=float_caches(changeable, caches),
+    )
+
+
+def _decide(source: Source, seen: _Seen, options: Options, rounded: dict[str, str]) -> Decided:
+    linked, sites = seen.linked, seen.sites
+    samples = options.target.samples
+    activations = {} if samples is None else measure_crests(linked.source, sites, _work_of, samples)
+    pricing = pricing_for(options.target, sites, _work_of, activations)
+    choices = choose(
+        linked,
+        sites,
+        pricing,
+        terms=options.terms,
+        overrides=options.overrides,
+        work_of=_work_of,
+        new_caches={name: plan.bits for name, plan in seen.caches.items()},
+    )
     decisions = []
     for site, choice in zip(sites, choices, strict=True):
         row = _row(linked.source, site, choice)
+        add_candidates(row, choice)
         if options.kv_cache is not None and row.reason_code is ReasonCode.FLOAT_CACHE:
             assert isinstance(site.found, AttentionSite)
-            if site.name in caches:
-                _make_low_bit(row, site.found, caches[site.name], options.kv_cache)
+            if site.name in seen.caches:
+                _make_low_bit(row, site.found, seen.caches[site.name], options.kv_cache)
+            elif options.overrides.of(site.name) is Override.KEEP:
+                row.reason, row.reason_code = "its cache stays float, as asked", ReasonCode.AS_ASKED
             else:
                 row.reason = f"its cache stays float: {why_not(site.found, options.kv_cache)}"
-        if site.name in forms:
-            row.form = forms[site.name]
+        if site.name in seen.forms:
+            row.form = seen.forms[site.name]
         if row.outcome is Outcome.REWRITTEN:
             if site.name in rounded:
                 _note(row, ReasonCode.WEIGHT_ROUNDED, rounded[site.name])
-            if site.name in dropped:
-                text = f"the model's rounding of its activation ({dropped[site.name]}) is left out, as asked"
+            if site.name in seen.dropped:
+                text = f"the model's rounding of its activation ({seen.dropped[site.name]}) is left out, as asked"
                 _note(row, ReasonCode.ACTIVATION_UPGRADED, text)
             _say_why(row, site, choice)
         decisions.append(Decision(site, choice, row))
-    return Decided(source, linked, tuple(decisions), meaning, caches, convert, other)
+    prices = pricing_row(linked, sites, choices, pricing)
+    return Decided(
+        source,
+        linked,
+        tuple(decisions),
+        seen.oracle,
+        seen.caches,
+        seen.with_float_caches,
+        prices,
+        seen.other_activations,
+    )
 
 
-def _changeable(sites: Sequence[Site], how: KvCache) -> dict[str, AttentionSite]:
+def _work_of(found: QuantizedLinear) -> LinearWork:
+    weight = found.weight
+    group = plan_of(found, Choice()).block_size
+    return LinearWork(weight.k, weight.n, weight.bits, group, weight.block_size is None, len(found.weights))
+
+
+def _changeable(sites: Sequence[Site], how: KvCache, overrides: Overrides) -> dict[str, AttentionSite]:
     """The attentions whose float cache can become codes, by name."""
     return {
         site.name: site.found
         for site in sites
-        if isinstance(site.found, AttentionSite) and site.found.key_cache.codes is None and not why_not(site.found, how)
+        if isinstance(site.found, AttentionSite)
+        and site.found.key_cache.codes is None
+        and overrides.of(site.name) is not Override.KEEP
+        and not why_not(site.found, how)
     }
 
 
@@ -235,7 +307,7 @@ def _row(source: Source, site: Site, choice: Choice) -> SiteRow:
             **found.known,  # type: ignore[arg-type]
         )
     if isinstance(found, AttentionSite):
-        return _attention_row(source, site.name, found)
+        return _attention_row(source, site.name, found, choice)
     weight, codes = found.weight, found.codes
     row = SiteRow(
         node=site.name,
@@ -248,12 +320,43 @@ def _row(source: Source, site: Site, choice: Choice) -> SiteRow:
     )
     if 0 < source.opset < OLDEST_OPSET:
         return _too_old(row, source, "msd.MatMul")
+    if choice.way is not Way.MSD and choice.decided is not None:
+        return _left_float(row, choice)
     row.outcome = Outcome.REWRITTEN
     row.terms = choice.terms if codes is None else codes.terms
-    row.group = plan_of(found, choice).block_size if codes is None else None
+    row.group = _group(found, choice) if codes is None else None
     row.error_bound = 0.5 / LIMITS[choice.terms] if codes is None else 0.0
     row.weight_bytes = packed_bytes(found, choice)
     return row
+
+
+def _group(found: QuantizedLinear, choice: Choice) -> int:
+    return found.weight.k if choice.per_row else plan_of(found, choice).block_size
+
+
+def _left_float(row: SiteRow, choice: Choice) -> SiteRow:
+    """A layer that stays a product of its source's kind."""
+    assert choice.decided is not None
+    keep, chosen = choice.decided.candidates[0], choice.decided.chosen
+    if chosen.name != keep.name:
+        row.outcome, row.reason_code = Outcome.REWRITTEN, ReasonCode.FLOAT_ACTIVATIONS
+        row.reason = "accuracy_level becomes 0: its activations stay float"
+    elif choice.override is not None:
+        row.reason, row.reason_code = "kept, as asked", ReasonCode.AS_ASKED
+    else:
+        row.reason_code = ReasonCode.DOES_NOT_PAY
+        row.reason = _why_kept(choice.decided)
+    return row
+
+
+def _why_kept(decided: Priced) -> str:
+    """The numbers that say so."""
+    chosen = decided.chosen
+    ours = min((c for c in decided.candidates if c.way is Way.MSD), key=lambda c: (c.why_not is not None, c.seconds))
+    return (
+        f"as it stands it takes {1e6 * chosen.seconds:.3g} us of a run at an error of {chosen.error:.1g}; "
+        f"rewritten with {ours.name} it would take {1e6 * ours.seconds:.3g} us at {ours.error:.1g}"
+    )
 
 
 _KINDS: dict[ReasonCode, Literal["embedding", "attention"]] = {
@@ -264,7 +367,7 @@ _KINDS: dict[ReasonCode, Literal["embedding", "attention"]] = {
 """By reason code, what was found if it is no linear layer."""
 
 
-def _attention_row(source: Source, name: str, site: AttentionSite) -> SiteRow:
+def _attention_row(source: Source, name: str, site: AttentionSite, choice: Choice) -> SiteRow:
     codes = site.key_cache.codes
     row = SiteRow(
         node=name,
@@ -288,6 +391,8 @@ def _attention_row(source: Source, name: str, site: AttentionSite) -> SiteRow:
     if reason is not None:
         row.outcome, row.reason, row.reason_code = Outcome.UNSUPPORTED, reason, ReasonCode.ATTENTION_FORM
         return row
+    if choice.way is not Way.MSD:
+        return _left_float(row, choice)
     row.outcome = Outcome.REWRITTEN
     row.terms = 2
     row.cache_bytes = row.source_cache_bytes

@@ -60,6 +60,12 @@ class ReasonCode(StrEnum):
     """Attention with something in it that is not followed."""
     EMBEDDING = "embedding"
     """A lookup in a low-bit table: it multiplies nothing."""
+    DOES_NOT_PAY = "does_not_pay"
+    """It could be rewritten, but as it stands it is as right as asked for, and faster on the target."""
+    AS_ASKED = "as_asked"
+    """The user said so (``--override``)."""
+    FLOAT_ACTIVATIONS = "float_activations"
+    """Rewritten to stay float: ``accuracy_level`` 0."""
 
 
 class Reject(Exception):

@@ -44,11 +44,23 @@ def oracle_model(model: onnx.ModelProto, read: Read = numpy_helper.to_array) -> 
     for message, field in _type_fields(oracle):
         if getattr(message, field) in _HALF:
             setattr(message, field, TensorProto.FLOAT)
-    for node in _messages(oracle, NodeProto):
+    _put_levels_at_zero(oracle)
+    return oracle
+
+
+def levels_at_zero(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a model with every ``accuracy_level`` at 0, in nested graphs and functions too, and nothing else changed."""
+    exact = onnx.ModelProto()
+    exact.CopyFrom(model)
+    _put_levels_at_zero(exact)
+    return exact
+
+
+def _put_levels_at_zero(model: onnx.ModelProto) -> None:
+    for node in _messages(model, NodeProto):
         for attribute in node.attribute:
             if node.domain == "com.microsoft" and attribute.name == "accuracy_level":
                 attribute.CopyFrom(onnx.helper.make_attribute("accuracy_level", 0))
-    return oracle
 
 
 def is_widened(model: onnx.ModelProto) -> bool:

@@ -48,6 +48,24 @@ class _Row(BaseModel):
     model_config = ConfigDict(extra="forbid", use_enum_values=False)
 
 
+class PriceRow(_Row):
+    """What a site takes in a run of one phase."""
+
+    seconds: float
+    bytes: float = Field(description="read and written")
+    ops: dict[str, float] = Field(description="operations by unit; a multiply-add is two")
+
+
+class CandidateRow(_Row):
+    """One way to compute a site, and what it was expected to take on the target."""
+
+    name: str = Field(description="keep, float activations, 2 terms, ...")
+    seconds: float | None = Field(None, description="of a run, mean over the workload; absent: not priced")
+    error: float = Field(description="predicted relative L2 of the site's output")
+    why_not: str | None = Field(None, description="why it was not chosen from")
+    phases: list[PriceRow] = Field(default_factory=list, description="in the order of the workload's phases")
+
+
 class SiteRow(_Row):
     """One linear layer or attention of the source, or one lookup in a low-bit table."""
 
@@ -72,6 +90,48 @@ class SiteRow(_Row):
     weight_bytes: int | None = Field(None, description="bytes of the packed codes in the result")
     cache_bytes: int | None = Field(None, description="attention: bytes of a token in the result's cache")
     source_cache_bytes: int | None = Field(None, description="attention: bytes of a token in the source's cache")
+    choice: str | None = Field(None, description="name of the candidate that was chosen")
+    margin: float | None = Field(
+        None, description="time of the fastest other kind of candidate within the budget over the chosen one's, less 1"
+    )
+    device_rule: str | None = Field(
+        None, description="what the target's own public kernels would do, where that is something else, and why"
+    )
+    candidates: list[CandidateRow] = Field(default_factory=list, description="absent inside a result")
+
+
+class Totals(_Row):
+    """All priced sites of a run, mean over the workload."""
+
+    seconds: float
+    critical_path_seconds: float = Field(description="of the main graph: what no number of threads does away with")
+    bytes: float
+    ops: dict[str, float]
+
+
+class PhaseRow(_Row):
+    """One kind of run that the model is used for."""
+
+    name: str
+    share: float = Field(description="of all runs")
+    batch: int
+    tokens: int
+    context: int
+
+
+class PricingRow(_Row):
+    """What sites were priced with, and what they take together."""
+
+    target: str
+    digest: str = Field(description="of the target's figures")
+    workload: str
+    phases: list[PhaseRow]
+    budget: float = Field(description="largest relative L2 per site")
+    peak_ops_per_second: float = Field(description="the target's roof: its fastest unit that multiplies")
+    read_bytes_per_second: float = Field(description="its slope: where all weights of the model are read from")
+    before: Totals
+    after: Totals
+    unpriced: dict[str, int] = Field(description="nodes that nobody priced, by op type: they take time, too")
 
 
 class Summary(_Row):
@@ -171,6 +231,7 @@ class Report(_Row):
     opset: int
     summary: Summary
     sites: list[SiteRow]
+    pricing: PricingRow | None = Field(None, description="absent inside a result")
     verification: Verification | None = None
 
     def json_text(self) -> str:
@@ -178,8 +239,11 @@ class Report(_Row):
         return self.model_dump_json(indent=2, exclude_none=True) + "\n"
 
     def portable(self) -> Report:
-        """Without paths, times and measurements: what travels inside a result, whose bytes must not depend on them."""
-        return self.model_copy(update={"source": None, "result": None, "verification": None})
+        """Without paths, times, prices and measurements: what travels in a result, whose bytes depend on decisions alone."""
+        sites = [site.model_copy(update={"candidates": [], "margin": None, "device_rule": None}) for site in self.sites]
+        return self.model_copy(
+            update={"source": None, "result": None, "sites": sites, "pricing": None, "verification": None}
+        )
 
 
 def summarize(sites: list[SiteRow]) -> Summary:

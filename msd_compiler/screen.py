@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from .report import Agreement, Method, Outcome, OutputRow, Report, SiteRow, Verification
+from .report import Agreement, Method, Outcome, OutputRow, PricingRow, Report, SiteRow, Verification
 
 _STYLE = {Outcome.REWRITTEN: "green", Outcome.KEPT: "", Outcome.UNSUPPORTED: "yellow"}
 _MANY = 12
@@ -22,6 +25,10 @@ def report_view(report: Report, *, verbose: bool = False) -> RenderableType:
     cache = _cache_line(report.sites)
     if cache:
         parts.append(Text(cache))
+    if report.pricing is not None and report.pricing.before.seconds:
+        parts += [Text(line) for line in _pricing_lines(report.pricing)]
+    if verbose and any(site.candidates for site in report.sites):
+        parts += [Text(), _candidates_table(report.sites)]
     reasons = _reasons(report.sites)
     if reasons is not None:
         parts += [Text(), reasons]
@@ -85,6 +92,46 @@ def number_of(count: int, name: str) -> str:
     return f"{count} {name}{'' if count == 1 else 's'}"
 
 
+def _pricing_lines(pricing: PricingRow) -> Iterable[str]:
+    """What the target takes for all priced sites, before and after."""
+    before, after = pricing.before, pricing.after
+    yield (
+        f"predicted for {pricing.target} ({pricing.digest}), {pricing.workload}: {time_text(before.seconds)} a run before, "
+        f"{time_text(after.seconds)} now"
+    )
+    unpriced = sorted(pricing.unpriced.items(), key=lambda entry: (-entry[1], entry[0]))
+    if unpriced:
+        named = ", ".join(f"{count} {op}" for op, count in unpriced[:5])
+        more = f" and {len(unpriced) - 5} more op types" if len(unpriced) > 5 else ""
+        yield f"not priced: {named}{more}"
+
+
+def time_text(seconds: float) -> str:
+    """A time as tables show it: ``12.3 us``, ``4.56 ms``, ``7.89 s``."""
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def _candidates_table(sites: list[SiteRow]) -> RenderableType:
+    """Every way to compute each site that was priced."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="candidates", title_justify="left")
+    table.add_column("node", overflow="fold")
+    table.add_column("candidate", overflow="fold")
+    for heading in ("time", "error"):
+        table.add_column(heading, justify="right")
+    for site in sites:
+        for number, candidate in enumerate(site.candidates):
+            table.add_row(
+                site.node if number == 0 else "",
+                Text(candidate.name, "bold" if candidate.name == site.choice else ""),
+                "-" if candidate.seconds is None else time_text(candidate.seconds),
+                Text(distance_text(candidate.error), "yellow" if candidate.why_not else ""),
+            )
+    return table
+
+
 def _cache_line(sites: list[SiteRow]) -> str:
     """Bytes of a token in all caches, before and after."""
     changed = [s for s in sites if s.cache_bytes and s.source_cache_bytes and s.cache_bytes != s.source_cache_bytes]
@@ -125,6 +172,8 @@ def _size(site: SiteRow) -> str:
 
 
 def _outcome(site: SiteRow) -> str:
+    if site.outcome is Outcome.REWRITTEN and site.terms is None:
+        return f"rewritten: {site.reason_code}"
     if site.outcome is Outcome.REWRITTEN:
         return f"rewritten, {site.terms} term{'s' if site.terms != 1 else ''}"
     return f"{site.outcome}: {site.reason_code}"
@@ -136,9 +185,12 @@ def _reasons(sites: list[SiteRow]) -> RenderableType | None:
     for site in sites:
         if site.reason_code and site.reason:
             examples.setdefault(site.reason_code, site)
-    if not examples:
+    rule = next((site for site in sites if site.device_rule), None)
+    if not examples and rule is None:
         return None
     lines = [Text(f"{code}: {site.node!r}: {site.reason}") for code, site in examples.items()]
+    if rule is not None:
+        lines.append(Text(f"device's rule: {rule.node!r}: {rule.device_rule}"))
     return Group(*lines)
 
 
@@ -220,3 +272,22 @@ def _layers_table(verification: Verification) -> RenderableType:
 def print_report(console: Console, report: Report, *, verbose: bool = False) -> None:
     """Show the report."""
     console.print(report_view(report, verbose=verbose))
+
+
+@contextmanager
+def progress_bars(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per stage on a terminal; nothing elsewhere."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda what, done, total: None
+        return
+    columns: tuple[Any, ...] = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show

@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 from support import model
 
 import msd_compiler
-from msd_compiler import Decoder, Feed, KvCache, cli
+from msd_compiler import Decoder, Feed, KvCache
 from msd_compiler.compare import relative_l2
 from msd_compiler.facts import ReasonCode
 from msd_compiler.runtime import RuntimeRefused, session
@@ -147,14 +147,6 @@ def test_two_columns_to_a_byte_of_values_that_are_narrower_than_keys():
 def test_samples_that_the_model_refuses():
     with pytest.raises(RuntimeRefused):
         msd_compiler.compile(TINY_LLAMA, kv_cache=KvCache(8, [Feed("short", {"input_ids": PROMPT})]))
-
-
-def test_samples_need_the_flag(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["msd", "inspect", str(TINY_LLAMA), "--samples", "x.npz"])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    assert exit_.value.code == 2
-    assert "--samples says how to scale the cache of --kv-cache" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_large_models_are_verified_layer_by_layer(monkeypatch):
 
 def test_layers_that_the_time_does_not_reach_are_counted():
     decided = api.decide(Source(two_layers(), None), api.Options(), verification.silent)
-    report = api._report(decided.source, decided.rows)
+    report = api._report(decided)
     proto, products = api._rewrite(decided, report, api.WeightStore(None), verification.silent)
     found = verification.verify_sites(Source(proto, None), products, clock=verification.Clock(1e-9))
     assert (len(found.sites), found.note) == (1, "1 of 2 layers in the time given")
