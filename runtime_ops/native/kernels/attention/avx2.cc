@@ -219,25 +219,11 @@ Share soften_row(const Softmax& s, int32_t* products, int16_t* weights) {
 }  // namespace
 
 float decompose_avx2(const Vector& x, int64_t padded, int16_t* codes) {
-  switch (x.type) {
-    case Real::kHalf:
-      return decompose_row<Real::kHalf>(x, padded, codes);
-    case Real::kBfloat16:
-      return decompose_row<Real::kBfloat16>(x, padded, codes);
-    default:
-      return decompose_row<Real::kFloat>(x, padded, codes);
-  }
+  return pick_real(x.type, [&](auto real) { return decompose_row<real()>(x, padded, codes); });
 }
 
 float quantize_avx2(const Vector& x, int largest, int8_t* codes) {
-  switch (x.type) {
-    case Real::kHalf:
-      return quantize_token<Real::kHalf>(x, largest, codes);
-    case Real::kBfloat16:
-      return quantize_token<Real::kBfloat16>(x, largest, codes);
-    default:
-      return quantize_token<Real::kFloat>(x, largest, codes);
-  }
+  return pick_real(x.type, [&](auto real) { return quantize_token<real()>(x, largest, codes); });
 }
 
 void unpack_avx2(const uint8_t* packed, int64_t count, int8_t* codes) {

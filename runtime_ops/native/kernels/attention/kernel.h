@@ -14,6 +14,7 @@
 
 #include <stdint.h>
 
+#include "../pick.h"
 #include "../real.h"
 #include "../variant.h"
 

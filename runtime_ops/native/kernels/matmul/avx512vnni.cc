@@ -262,14 +262,7 @@ void multiply_bits(const Plan& plan, const Weight& weight, const Panel& panel, i
 
 void multiply_avx512vnni(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
                          const Output& output) {
-  switch (plan.bits) {
-    case 2:
-      return multiply_bits<2>(plan, weight, panel, first, last, output);
-    case 4:
-      return multiply_bits<4>(plan, weight, panel, first, last, output);
-    default:
-      return multiply_bits<8>(plan, weight, panel, first, last, output);
-  }
+  pick_bits(plan.bits, [&](auto bits) { multiply_bits<bits()>(plan, weight, panel, first, last, output); });
 }
 
 }  // namespace msd::matmul

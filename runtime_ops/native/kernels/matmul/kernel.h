@@ -19,6 +19,7 @@
 
 #include <stdint.h>
 
+#include "../pick.h"
 #include "../real.h"
 #include "../variant.h"
 
@@ -91,6 +92,21 @@ struct Codes {
   int32_t center;
   float scale;
 };
+
+// `run` gets a code of that type.
+template <typename Run>
+static inline void pick_code(CodeType type, const Run& run) {
+  switch (type) {
+    case CodeType::kUint8:
+      return run(uint8_t{});
+    case CodeType::kInt8:
+      return run(int8_t{});
+    case CodeType::kUint16:
+      return run(uint16_t{});
+    case CodeType::kInt16:
+      return run(int16_t{});
+  }
+}
 
 // Writes rows [first, last) of the panel from `a`, row 0 of the panel, [rows, k] of type `type`.
 using Decompose = void (*)(const Plan& plan, const void* a, Real type, const Panel& panel, int64_t first, int64_t last);

@@ -460,39 +460,16 @@ void multiply_bits(const Plan& plan, const Weight& weight, const Panel& panel, i
 
 void decompose_neondotprod(const Plan& plan, const void* a, Real type, const Panel& panel, int64_t first,
                            int64_t last) {
-  switch (type) {
-    case Real::kFloat:
-      return decompose_rows<Real::kFloat>(plan, a, panel, first, last);
-    case Real::kHalf:
-      return decompose_rows<Real::kHalf>(plan, a, panel, first, last);
-    case Real::kBfloat16:
-      return decompose_rows<Real::kBfloat16>(plan, a, panel, first, last);
-  }
+  pick_real(type, [&](auto real) { decompose_rows<real()>(plan, a, panel, first, last); });
 }
 
 void load_codes_neondotprod(const Plan& plan, const Codes& codes, const Panel& panel, int64_t first, int64_t last) {
-  switch (codes.type) {
-    case CodeType::kUint8:
-      return load_rows<uint8_t>(plan, codes, panel, first, last);
-    case CodeType::kInt8:
-      return load_rows<int8_t>(plan, codes, panel, first, last);
-    case CodeType::kUint16:
-      return load_rows<uint16_t>(plan, codes, panel, first, last);
-    case CodeType::kInt16:
-      return load_rows<int16_t>(plan, codes, panel, first, last);
-  }
+  pick_code(codes.type, [&](auto code) { load_rows<decltype(code)>(plan, codes, panel, first, last); });
 }
 
 void multiply_neondotprod(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
                           const Output& output) {
-  switch (plan.bits) {
-    case 2:
-      return multiply_bits<2>(plan, weight, panel, first, last, output);
-    case 4:
-      return multiply_bits<4>(plan, weight, panel, first, last, output);
-    default:
-      return multiply_bits<8>(plan, weight, panel, first, last, output);
-  }
+  pick_bits(plan.bits, [&](auto bits) { multiply_bits<bits()>(plan, weight, panel, first, last, output); });
 }
 
 }  // namespace msd::matmul

@@ -182,16 +182,7 @@ void decompose_scalar(const Plan& plan, const void* a, Real type, const Panel& p
 }
 
 void load_codes_scalar(const Plan& plan, const Codes& codes, const Panel& panel, int64_t first, int64_t last) {
-  switch (codes.type) {
-    case CodeType::kUint8:
-      return load_rows<uint8_t>(plan, codes, panel, first, last);
-    case CodeType::kInt8:
-      return load_rows<int8_t>(plan, codes, panel, first, last);
-    case CodeType::kUint16:
-      return load_rows<uint16_t>(plan, codes, panel, first, last);
-    case CodeType::kInt16:
-      return load_rows<int16_t>(plan, codes, panel, first, last);
-  }
+  pick_code(codes.type, [&](auto code) { load_rows<decltype(code)>(plan, codes, panel, first, last); });
 }
 
 void multiply_scalar(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
