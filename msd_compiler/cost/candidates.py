@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from . import error as law
 from .accelerator import dequantized_attention, dequantized_linear, msd_attention, msd_fp4_linear, msd_linear
 from .cpu import cpu_attention, cpu_linear
+from .instructions import two_passes_over_fused
 from .price import NoFigure, Price
 from .profile import CpuProfile, Profile, Way
 from .work import AttentionWork, LinearWork
@@ -95,7 +96,9 @@ def linear_candidates(
         if can_be_float and source_way is Way.SESSION:
             in_floats = Candidate("float activations", Way.FLOAT, law.FLOAT_ERROR)
             found.append(_priced(pricing, in_floats, on_cpu(Way.FLOAT)))
-        return found + [_priced(pricing, c, on_cpu(Way.MSD, c.terms)) for c in _decomposed(work, activation)]
+        found += [_priced(pricing, c, on_cpu(Way.MSD, c.terms)) for c in _decomposed(work, activation)]
+        fused = next(c for c in found if c.terms == 2 and not c.per_row)
+        return [*found, *_in_two_passes(pricing, fused, rows)]
 
     def decomposed(terms: int, per_row: bool) -> Callable[[Phase], Price]:
         return lambda phase: msd_linear(profile, work, rows(phase), terms, per_row=per_row)
@@ -109,6 +112,24 @@ def linear_candidates(
         in_fp4 = Candidate("2 MXFP4 terms", Way.MSD, law.MXFP4_ERROR, 2, why_not="no op has them: for comparison")
         found.append(_priced(pricing, in_fp4, lambda phase: msd_fp4_linear(profile, work, rows(phase))))
     return found
+
+
+def _in_two_passes(pricing: Pricing, fused: Candidate, rows: Callable[[Phase], int]) -> Iterator[Candidate]:
+    """Two terms in a pass of INT8 products each, by the instructions that takes: the same result, for comparison."""
+    assert isinstance(pricing.profile, CpuProfile)
+    instruction_set, reads = pricing.profile.instruction_set, pricing.profile.reads
+    if not fused.prices or two_passes_over_fused(instruction_set, 1) is None:
+        return
+    by_phase = dict(zip(pricing.workload.phases, fused.prices, strict=True))
+
+    def price(phase: Phase) -> Price:
+        ratio = two_passes_over_fused(instruction_set, rows(phase))
+        assert ratio is not None
+        reading = by_phase[phase].bytes / reads.rate(max(pricing.footprint, by_phase[phase].bytes))
+        return replace(by_phase[phase], seconds=max(by_phase[phase].seconds * ratio, reading))
+
+    why_not = "the library multiplies the fused code, with the same result"
+    yield _priced(pricing, replace(fused, name="2 terms, two passes", prices=(), why_not=why_not), price)
 
 
 def _decomposed(work: LinearWork, activation: law.Activation) -> list[Candidate]:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msd_compiler.cost import paper
+from msd_compiler.cost.instructions import COUNTS, two_passes_over_fused
 
 KEYS = 8192
 SIZES = st.integers(1, 20_000)
@@ -102,3 +103,22 @@ def test_bytes_of_attention():
     values = 2 * KEYS * 128
     like_for_like = [paper.dequantized_values_bytes(values, values, trips) / decomposed for trips in (2, 1, 0)]
     assert like_for_like == [5, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("instruction_set", "rows", "ratio"),
+    [("avx2", 1, 4 / 3), ("avx2", 1000, 2.0), ("avx512-vnni", 1, 0.5), ("avx512-vnni", 1000, 1.0)],
+)
+def test_two_passes_pay_for_one_row_with_vnni(instruction_set, rows, ratio):
+    assert two_passes_over_fused(instruction_set, rows) == pytest.approx(ratio, rel=2e-3)
+
+
+def test_where_dot_products_take_bytes_there_is_no_choice():
+    assert two_passes_over_fused("neon-dotprod", 8) is None
+
+
+def test_the_fused_code_beats_floats():
+    """As many instructions for many rows on AVX2, of a faster kind; half with AVX-512 VNNI."""
+    avx2, vnni = COUNTS["avx2"], COUNTS["avx512-vnni"]
+    assert avx2.floats(512) / avx2.fused(512) == pytest.approx(1.0, rel=0.01)
+    assert vnni.floats(512) / vnni.fused(512) == pytest.approx(2.0, rel=0.01)
