@@ -473,6 +473,10 @@ def _failure(verification: Verification, report: Report) -> str:
         parts.append(f"worst layers alone: {named}")
     if any(s.terms == 1 for s in report.sites):
         parts.append("one term keeps 8 bits, about 1 % error a layer: use two terms, or raise the tolerance")
+    elif any(s.terms == 2 for s in report.sites):
+        parts.append(
+            "two terms keep 16 bits: where a few channels are hundreds of times as large, three (--terms 3) may be needed"
+        )
     return "; ".join(parts)
 
 

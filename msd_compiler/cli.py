@@ -20,6 +20,7 @@ from .cost.commands import calibrate, targets
 from .cost.workload import DEFAULT as DEFAULT_WORKLOAD
 from .decide import Activations
 from .errors import MsdError, OptionError, OutputError
+from .evaluate.command import evaluate
 from .generate import Generated, prompt_of
 from .generate import generate as generate_tokens
 from .inputs import Feed
@@ -112,7 +113,13 @@ OverrideOption = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="a row for every layer")]
 
 
-@app.command(epilog="Example: msd compile model.onnx -o fast.onnx --report report.json")
+ReportOption = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE.html|json", help="write the report there, too: a page to open, or data"),
+]
+
+
+@app.command(epilog="Example: msd compile model.onnx -o fast.onnx --report report.html")
 def compile(
     model: Model,
     output: Annotated[
@@ -130,7 +137,7 @@ def compile(
     workload: WorkloadOption = DEFAULT_WORKLOAD,
     budget: Budget = None,
     override: OverrideOption = None,
-    report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the report there, too")] = None,
+    report: ReportOption = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="compare the result with the oracle")] = True,
     verify_seconds: Annotated[float, typer.Option(help="time for that; then layer by layer")] = DEFAULT_VERIFY_SECONDS,
     tolerance: Tolerance = DEFAULT_TOLERANCE,
@@ -198,16 +205,17 @@ def inspect(
     workload: WorkloadOption = DEFAULT_WORKLOAD,
     budget: Budget = None,
     override: OverrideOption = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.svg|png", help="draw the layers' roofline; needs matplotlib")
-    ] = None,
+    report: ReportOption = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg|png", help="draw the layers' roofline")] = None,
     verbose: Verbose = False,
     json_: Json = False,
 ) -> None:
     """Show a model's linear layers: formats, sizes, what compile would do, and why not; of a result, what it did."""
     feeds = None if samples is None else [read_feed(samples)]
     quantization, cache = _quantization(quantize, block_size, asymmetric), _kv_cache(kv_cache, feeds)
-    report = api.inspect(
+    if report is not None:
+        _check_report(report, model, model)
+    found = api.inspect(
         model,
         terms=terms,
         quantization=quantization,
@@ -220,10 +228,11 @@ def inspect(
         samples=feeds,
     )
     if plot is not None:
-        from .roofline import draw_roofline  # here, for matplotlib is an extra
+        from .roofline import draw_roofline  # here, for matplotlib takes a while
 
-        draw_roofline(report, plot)
-    _show(report, json_, verbose)
+        draw_roofline(found, plot)
+    _write_report(report, found)
+    _show(found, json_, verbose)
     if plot is not None and not json_:
         _console().print(f"wrote {plot}", soft_wrap=True)
 
@@ -357,7 +366,7 @@ def bench_(
     portable: Annotated[
         bool, typer.Option("--portable", help="with --suite linear: our op without the native library, too")
     ] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg|png", help="draw it, too; needs matplotlib")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg|png", help="draw it, too")] = None,
     json_: Json = False,
 ) -> None:
     """Time models, or single layers, side by side on this machine, and say how right each is.
@@ -423,6 +432,7 @@ def doctor_(json_: Json = False) -> None:
         raise typer.Exit(FAILED)
 
 
+app.command("evaluate", epilog="Example: msd evaluate model.onnx model.msd.onnx --text text.txt")(evaluate)
 app.command("targets", epilog="Example: msd targets")(targets)
 app.command("calibrate", epilog="Example: msd calibrate -o here.toml")(calibrate)
 
@@ -430,11 +440,15 @@ app.command("calibrate", epilog="Example: msd calibrate -o here.toml")(calibrate
 @app.command(epilog="Example: msd demo -o demo.msd.onnx")
 def demo(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="keep the result there")] = None,
+    report: ReportOption = None,
     json_: Json = False,
 ) -> None:
     """Compile the bundled model, verify it and show the table: a small Llama with a KV cache, int4 and int8 weights."""
     with as_file(files("msd_compiler") / "data" / "tiny_llama.onnx") as model, progress_bars(quiet=json_) as progress:
+        if report is not None:
+            _check_report(report, model, model if output is None else output)
         compiled = api.compile(model, output, progress=progress)
+    _write_report(report, compiled.report)
     _show(compiled.report, json_, verbose=False)
     if not json_:
         print_demo_verdict(_console(), compiled.report)
@@ -499,6 +513,9 @@ def _quantization(codes: Codes | None, block_size: int | None, asymmetric: bool)
 
 def _check_report(path: Path, model: Path, target: Path) -> None:
     """See, before the work, that the report can be written, and outside the folders if the result is a folder."""
+    from .page import check_format  # here, as in `_write_report`
+
+    check_format(path)
     if not api.makes_folder(model, target):
         _check_writable(path, model, target)
         return
@@ -523,7 +540,6 @@ def _check_place(path: Path) -> None:
 
 def _write_report(path: Path | None, report: Report) -> None:
     if path is not None:
-        try:
-            path.write_text(report.json_text())
-        except OSError as error:
-            raise OutputError(f"report {str(path)!r} cannot be written: {error.strerror}") from error
+        from .page import write_report  # here, for other commands do without a page
+
+        write_report(report, path)

@@ -44,7 +44,7 @@ def measure_crests(
     }
     if not found:
         return {}
-    session, widen = open_oracle(_with_outputs(source, {tensor for tensor, _ in found.values()}))
+    session, widen = open_oracle(with_outputs(source, {tensor for tensor, _ in found.values()}))
     groups: dict[str, set[int]] = defaultdict(set)
     for tensor, work in found.values():
         groups[tensor] |= {work.group, work.k}
@@ -84,7 +84,7 @@ def _largest_squares(x: np.ndarray, group: int) -> float:
     return float(np.sum(largest**2 * lengths))
 
 
-def _with_outputs(source: Source, names: set[str]) -> Source:
+def with_outputs(source: Source, names: set[str]) -> Source:
     """The model with more of its tensors as outputs."""
     proto = onnx.ModelProto()
     proto.CopyFrom(source.proto)

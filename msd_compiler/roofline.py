@@ -15,7 +15,7 @@ def draw_roofline(report: Report, path: Path) -> None:
     """Write the picture, SVG or PNG.
 
     Raises:
-        OptionError: nothing was priced, matplotlib is not installed, or the file is of another type.
+        OptionError: nothing was priced, or the file is of another type.
         OutputError: the file cannot be written.
     """
     check_plot(path)

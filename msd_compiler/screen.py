@@ -167,7 +167,7 @@ def _sites_table(sites: list[SiteRow], *, verbose: bool) -> RenderableType:
 
 def _size(site: SiteRow) -> str:
     if site.kind == "attention" and site.heads:
-        return f"{site.heads}/{site.kv_heads} heads"
+        return f"{site.heads}/{site.kv_heads or site.heads} heads"
     return f"{site.k} x {site.n}" if site.k and site.n else ""
 
 

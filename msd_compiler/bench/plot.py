@@ -1,4 +1,4 @@
-"""Benchmarks as a picture, drawn by matplotlib, which is an extra."""
+"""Benchmarks as a picture, drawn by matplotlib, which is imported where it is needed: that takes a while."""
 
 from __future__ import annotations
 
@@ -21,24 +21,20 @@ def check_plot(path: Path) -> None:
     """See, before the work, that a picture can be drawn there.
 
     Raises:
-        OptionError: matplotlib is not installed, or the file is of another type.
+        OptionError: the file is of another type.
         OutputError: the file is in no folder.
     """
     if path.suffix.lower() not in FORMATS:
         raise OptionError(f"plot {str(path)!r} must end with {' or '.join(FORMATS)}")
     if path.is_dir() or not path.parent.is_dir():
         raise OutputError(f"plot {str(path)!r} cannot be written: it must be a file in an existing folder")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise OptionError("--plot needs matplotlib: pip install 'msd-compiler[bench]'") from error
 
 
 def plot(report: Report, path: Path) -> None:
     """Draw a report.
 
     Raises:
-        OptionError: matplotlib is not installed, or the file is of another type.
+        OptionError: the file is of another type.
         OutputError: the file cannot be written.
     """
     check_plot(path)

@@ -30,9 +30,7 @@ def calibrate(
     ] = None,
     seed: Annotated[int, typer.Option(help="with --validate: what its layers are drawn from", min=0)] = 0,
     cases: Annotated[int, typer.Option(help="with --validate: how many", min=1)] = CASES,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.svg|png", help="with --validate: draw it, too; needs matplotlib")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg|png", help="with --validate: draw it, too")] = None,
     json_: Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")] = False,
 ) -> None:
     """Measure this machine in less than two minutes, and write what was found as a profile for --target.

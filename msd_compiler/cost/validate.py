@@ -328,7 +328,7 @@ def plot(report: ValidationReport, path: Path) -> None:
     """Draw predicted over measured times.
 
     Raises:
-        OptionError: matplotlib is not installed, or the file is of another type.
+        OptionError: the file is of another type.
         OutputError: the file cannot be written.
     """
     check_plot(path)

@@ -85,6 +85,17 @@ class Decoder:
             raise OptionError("padding is for the first step; reset comes before another")
         return self._feed(tokens)
 
+    def first_feed(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """What a first step feeds for ``[B, n]`` tokens, by input name, empty caches too; nothing is run or remembered.
+
+        Where several sizes of a cache's last axis are possible, the one that the model took at its last first step.
+        """
+        self.reset()
+        tokens = self._checked(tokens)
+        self._padding = np.zeros(len(tokens), np.int64)
+        caches = {c.past.name: array_of(self._empty(c, len(tokens), self._head)) for c in self.interface.caches}
+        return dict(self._inputs(tokens, 0)) | caches
+
     def caches(self) -> dict[str, np.ndarray]:
         """What the model returned for the next step, by the output's name: with buffers of a fixed capacity, all of them."""
         return {c.present: array_of(v) for c, v in zip(self.interface.caches, self._caches, strict=False)}

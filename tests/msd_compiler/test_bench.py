@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import importlib.util
 import io
 import sys
 import time
@@ -448,22 +447,13 @@ def test_steps(steps):
 
 # --- pictures ------------------------------------------------------------------------------------------------------
 
-HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
-
-@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="matplotlib is not installed")
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 @pytest.mark.parametrize("kind", ["decoders", "products", "steps", "llamas"])
 def test_plot(kind, suffix, tmp_path, request):
     path = tmp_path / f"plot{suffix}"
     plot(request.getfixturevalue(kind), path)
     assert path.stat().st_size > 1000
-
-
-def test_plot_without_matplotlib(products, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(OptionError, match=r"--plot needs matplotlib: pip install 'msd-compiler\[bench\]'"):
-        plot(products, tmp_path / "plot.svg")
 
 
 # --- command -------------------------------------------------------------------------------------------------------

@@ -228,8 +228,8 @@ BAD_OUTPUTS = {
     "the model": (("-o", "m.onnx"), "is the model itself"),
     "missing folder": (("-o", "no/where.onnx"), "folder 'no' does not exist"),
     "a folder": (("-o", "folder"), "is a folder"),
-    "report over the model": (("--report", "m.onnx"), "is the model itself"),
-    "report over the output": (("-o", "x.onnx", "--report", "x.onnx"), "named twice"),
+    "report over the output": (("-o", "x.json", "--report", "x.json"), "named twice"),
+    "report of another type": (("--report", "r.txt"), "must end with .json or .html"),
     "report in a missing folder": (("--report", "no/r.json"), "must be a file in an existing folder"),
 }
 

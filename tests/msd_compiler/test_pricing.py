@@ -222,7 +222,6 @@ def test_seven_billion_parameters_take_seconds(tmp_path):
 
 
 def test_the_roofline_is_drawn(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
     onnx.save(nbits(), tmp_path / "m.onnx")
     arguments = ["msd", "inspect", str(tmp_path / "m.onnx"), "--plot", str(tmp_path / "roof.svg"), "--verbose"]
     monkeypatch.setattr("sys.argv", arguments)
