@@ -20,7 +20,9 @@ def evaluate(
     ] = None,
     tokens: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.npz", help="ids: 'tokens' [T] with 'offsets' of documents, or [docs, T] with -1"),
+        typer.Option(
+            metavar="FILE.npz", help="ids: 'tokens' in a row with 'offsets' of documents, or a row each, padded with -1"
+        ),
     ] = None,
     window: Annotated[int, typer.Option(help="tokens that a model sees at once", min=1)] = 512,
     stride: Annotated[
