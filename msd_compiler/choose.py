@@ -113,8 +113,8 @@ def choose(
     sites: Sequence[Site],
     pricing: Pricing,
     *,
-    terms: int | None = None,
-    overrides: Overrides = Overrides(),
+    terms: int | None,
+    overrides: Overrides,
     work_of: Callable[[QuantizedLinear], LinearWork],
     new_caches: Mapping[str, int],
 ) -> list[Choice]:
@@ -169,7 +169,7 @@ def _linear(
         activation=pricing.activations.get(site.name, Activation()),
     )
     if override is not None:
-        return _as_said(site, override, candidates, pricing, can_be_float)
+        return _as_said(site, override, candidates, can_be_float)
     if terms is None and by is not None:
         terms = TERMS_BEFORE_ROUNDING
     decided = decide(pricing, candidates, terms=terms)
@@ -177,9 +177,7 @@ def _linear(
     return replace(_choice(decided, rounded_by=by), device_rule=rule)
 
 
-def _as_said(
-    site: Site, override: Override, candidates: Sequence[Candidate], pricing: Pricing, can_be_float: bool
-) -> Choice:
+def _as_said(site: Site, override: Override, candidates: Sequence[Candidate], can_be_float: bool) -> Choice:
     if override is Override.FLOAT and not can_be_float:
         raise OptionError(
             f"override {override}: {site.name!r} is a {site.node.op}, which cannot say it; only MatMulNBits has accuracy_level"
@@ -196,14 +194,14 @@ def _attention(found: AttentionSite, pricing: Pricing, new_bits: int | None, ove
     bits = new_bits if codes is None else codes.bits
     if bits is None:
         return Choice()
-    candidates = attention_candidates(pricing, attention_work(found), bits)
+    work = attention_work(found)
+    candidates = attention_candidates(pricing, work, bits)
     keep, ours = candidates
     if override is Override.KEEP:
         return _choice(Decided(keep, tuple(candidates), None), override=override)
     if codes is None or override is not None:  # the user asked for it
         return _choice(Decided(ours, tuple(candidates), None), override=override)
     decided = decide(pricing, candidates)
-    work = attention_work(found)
     rule = _device_rule(pricing, work, lambda phase: work.queries_per_head * phase.tokens, decided)
     return replace(_choice(decided), device_rule=rule)
 

@@ -25,6 +25,7 @@ from .generate import Generated, prompt_of
 from .generate import generate as generate_tokens
 from .inputs import Feed
 from .kv_cache import KvCache
+from .picture import check_plot
 from .quantize import Quantization
 from .report import Report, embedded_report
 from .screen import progress_bars
@@ -215,6 +216,8 @@ def inspect(
     quantization, cache = _quantization(quantize, block_size, asymmetric), _kv_cache(kv_cache, feeds)
     if report is not None:
         _check_report(report, model, model)
+    if plot is not None:
+        check_plot(plot)
     found = api.inspect(
         model,
         terms=terms,
@@ -387,7 +390,7 @@ def bench_(
     if portable and suite is not Suite.LINEAR:
         raise OptionError("--portable is for --suite linear")
     if plot is not None:
-        bench.check_plot(plot)
+        check_plot(plot)
     feed = None if inputs is None else read_feed(inputs)
     report: bench.Report
     with progress_bars(quiet=json_) as progress:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .bench.plot import check_plot
-from .errors import OptionError, OutputError
+from .errors import OptionError
+from .picture import check_plot, save_plot
 from .report import PricingRow, Report, SiteRow
 
 
@@ -21,11 +21,7 @@ def draw_roofline(report: Report, path: Path) -> None:
     check_plot(path)
     if report.pricing is None or not report.pricing.before.seconds:
         raise OptionError("no layer of the model was priced: there is nothing to draw")
-    figure = roofline(report, report.pricing)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise OutputError(f"plot {str(path)!r} cannot be written: {error.strerror}") from error
+    save_plot(roofline(report, report.pricing), path)
 
 
 def roofline(report: Report, pricing: PricingRow) -> Any:

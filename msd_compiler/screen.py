@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,11 +116,7 @@ def time_text(seconds: float) -> str:
 
 def _candidates_table(sites: list[SiteRow]) -> RenderableType:
     """Every way to compute each site that was priced."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="candidates", title_justify="left")
-    table.add_column("node", overflow="fold")
-    table.add_column("candidate", overflow="fold")
-    for heading in ("time", "error"):
-        table.add_column(heading, justify="right")
+    table = titled_table("candidates", ("node", "candidate"), ("time", "error"))
     for site in sites:
         for number, candidate in enumerate(site.candidates):
             table.add_row(
@@ -195,13 +191,8 @@ def _reasons(sites: list[SiteRow]) -> RenderableType | None:
 
 
 def _outputs_table(outputs: list[OutputRow]) -> RenderableType:
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title="distance from the oracle (relative L2)", title_justify="left"
-    )
-    for heading in ("output", "inputs"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("result", "without library", "you run today"):
-        table.add_column(heading, justify="right")
+    figures = ("result", "without library", "you run today")
+    table = titled_table("distance from the oracle (relative L2)", ("output", "inputs"), figures)
     shown = outputs if len(outputs) <= _MANY else _telling(outputs)
     for row in shown:
         style = "red" if row.relative_l2 > row.tolerance else ""
@@ -225,6 +216,16 @@ def _telling(outputs: list[OutputRow]) -> list[OutputRow]:
         first.setdefault(row.feed, row)
     worst = sorted(outputs, key=lambda r: -r.relative_l2)[:3]
     return [*first.values(), *(r for r in worst if r not in first.values())]
+
+
+def titled_table(title: str, words: Sequence[str], figures: Sequence[str]) -> Table:
+    """An empty table: columns of words, which may fold, then columns of figures."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for heading in words:
+        table.add_column(heading, overflow="fold")
+    for heading in figures:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def distance_text(value: float | None) -> str:
@@ -257,10 +258,7 @@ def _times(verification: Verification) -> str:
 
 
 def _layers_table(verification: Verification) -> RenderableType:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="layers alone, worst first", title_justify="left")
-    table.add_column("node", overflow="fold")
-    table.add_column("relative L2", justify="right")
-    table.add_column("max abs", justify="right")
+    table = titled_table("layers alone, worst first", ("node",), ("relative L2", "max abs"))
     for site in verification.sites[:_MANY]:
         table.add_row(site.node, distance_text(site.relative_l2), distance_text(site.max_abs))
     if len(verification.sites) > _MANY:

@@ -6,7 +6,7 @@ from .attention import AttentionGrid, bench_attention
 from .decode import DecodersGrid, bench_decode
 from .linear import LinearGrid, bench_linear
 from .models import Effort, bench_models
-from .plot import check_plot, plot
+from .plot import plot
 from .report import AttentionReport, DecodeReport, LinearReport, ModelsReport, Report
 from .view import view
 
@@ -24,7 +24,6 @@ __all__ = [
     "bench_decode",
     "bench_linear",
     "bench_models",
-    "check_plot",
     "plot",
     "view",
 ]

@@ -1,4 +1,4 @@
-"""Benchmarks as a picture, drawn by matplotlib, which is imported where it is needed: that takes a while."""
+"""Benchmarks as a picture."""
 
 from __future__ import annotations
 
@@ -9,25 +9,10 @@ from functools import singledispatch
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import OptionError, OutputError
+from ..picture import check_plot, save_plot
 from .linear import MEASURE, OURS
 from .report import AttentionReport, DecodeReport, DecodeRow, LinearReport, LinearRow, ModelsReport, Report
 from .timing import Time
-
-FORMATS = (".svg", ".png")
-
-
-def check_plot(path: Path) -> None:
-    """See, before the work, that a picture can be drawn there.
-
-    Raises:
-        OptionError: the file is of another type.
-        OutputError: the file is in no folder.
-    """
-    if path.suffix.lower() not in FORMATS:
-        raise OptionError(f"plot {str(path)!r} must end with {' or '.join(FORMATS)}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise OutputError(f"plot {str(path)!r} cannot be written: it must be a file in an existing folder")
 
 
 def plot(report: Report, path: Path) -> None:
@@ -41,10 +26,7 @@ def plot(report: Report, path: Path) -> None:
     figure = draw(report)
     threads = "" if report.setting.threads is None else f", threads: {report.setting.threads}"
     figure.suptitle(f"{report.setting.cpu}, onnxruntime {report.setting.onnxruntime}{threads}", fontsize=9)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise OutputError(f"plot {str(path)!r} cannot be written: {error.strerror}") from error
+    save_plot(figure, path)
 
 
 @singledispatch

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..screen import distance_text, number_of
+from ..screen import distance_text, number_of, titled_table
 from .machine import Limits, LimitShare
 from .report import (
     AttentionReport,
@@ -94,18 +94,9 @@ def _setting(setting: Setting) -> RenderableType:
     return Text(f"{setting.cpu}{isa}; onnxruntime {setting.onnxruntime}, {threads}", style="bold")
 
 
-def _table(title: str, words: Sequence[str], figures: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for heading in words:
-        table.add_column(heading, overflow="fold")
-    for heading in figures:
-        table.add_column(heading, justify="right")
-    return table
-
-
 def _runs(rows: list[RunRow]) -> RenderableType:
     figures = ("median ms", "quartiles", "ratio", "relative L2")
-    table = _table("a run, in turns", ("inputs", "model"), figures)
+    table = titled_table("a run, in turns", ("inputs", "model"), figures)
     for row in rows:
         distance = max(row.relative_l2.values(), default=None)
         table.add_row(
@@ -124,7 +115,9 @@ def _runs(rows: list[RunRow]) -> RenderableType:
 
 
 def _decoding(rows: list[DecodeRow]) -> RenderableType:
-    table = _table("a decoder's step, batch 1", ("tokens", "model"), ("median ms", "quartiles", "tokens/s", "ratio"))
+    table = titled_table(
+        "a decoder's step, batch 1", ("tokens", "model"), ("median ms", "quartiles", "tokens/s", "ratio")
+    )
     for row in rows:
         step = f"{row.tokens} after {row.cached}"
         table.add_row(step, row.model, *_time(row.time), _figure(row.tokens_per_second), _ratio(row.ratio))
@@ -134,7 +127,7 @@ def _decoding(rows: list[DecodeRow]) -> RenderableType:
 def _decoder_step(decoder: DecoderRows, tokens: int, cached: int) -> RenderableType:
     figures = ("ms", "tokens/s", "ratio", "rel. L2", "limit %")
     step = f"{number_of(tokens, 'token')} after {cached}" if cached else f"a prompt of {number_of(tokens, 'token')}"
-    table = _table(f"{decoder.weight}, {step}", ("model",), figures)
+    table = titled_table(f"{decoder.weight}, {step}", ("model",), figures)
     for row in decoder.decoding:
         if (row.tokens, row.cached) == (tokens, cached):
             figure, rate = _figure(row.time.median_ms), _figure(row.tokens_per_second)
@@ -145,7 +138,7 @@ def _decoder_step(decoder: DecoderRows, tokens: int, cached: int) -> RenderableT
 
 def _fresh(rows: list[FreshRow], what: str = "") -> RenderableType:
     figures = ("open ms", "first run ms", "peak MiB", "model's MiB")
-    table = _table(f"{what}, in a fresh process" if what else "in a fresh process", ("model",), figures)
+    table = titled_table(f"{what}, in a fresh process" if what else "in a fresh process", ("model",), figures)
     for row in rows:
         peak, own = "-", "-"
         if row.peak_bytes is not None:
@@ -158,7 +151,7 @@ def _fresh(rows: list[FreshRow], what: str = "") -> RenderableType:
 
 def _profile(row: ProfileRow) -> RenderableType:
     title = f"{row.model}: longest nodes ({row.inputs}, all take {row.nodes_ms:.3g} ms under the profiler)"
-    table = _table(title, ("node", "op"), ("ms", "share"))
+    table = titled_table(title, ("node", "op"), ("ms", "share"))
     for site in row.top:
         table.add_row(site.node, site.op, _figure(site.ms), f"{site.share:.0%}")
     return table

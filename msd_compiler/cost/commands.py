@@ -38,7 +38,7 @@ def calibrate(
     With --validate, layers that were not measured are timed in every way that can run, and compared with what the profile
     predicts; that takes some minutes. Other programs should be quiet.
     """
-    from ..bench.plot import check_plot
+    from ..picture import check_plot
     from . import validate as validation
     from .calibrate import calibrate as measure
     from .profile import CpuProfile, load_target

@@ -16,9 +16,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..bench.plot import check_plot
 from ..bench.report import Setting
-from ..errors import OptionError, OutputError
+from ..errors import OptionError
+from ..picture import check_plot, save_plot
 from ..verification import Progress, silent
 from . import error as law
 from .calibrate import calibration_jobs
@@ -332,10 +332,7 @@ def plot(report: ValidationReport, path: Path) -> None:
         OutputError: the file cannot be written.
     """
     check_plot(path)
-    try:
-        draw_plot(report).savefig(path)
-    except OSError as error:
-        raise OutputError(f"plot {str(path)!r} cannot be written: {error.strerror}") from error
+    save_plot(draw_plot(report), path)
 
 
 def draw_plot(report: ValidationReport) -> Any:

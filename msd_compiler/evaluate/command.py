@@ -46,7 +46,7 @@ def evaluate(
     Run are the source in a default session, the same with all accuracy levels at 0, and the results; every model sees the text's
     tokens, whatever it predicts. A flip is a top token that is not the oracle's; its margin, what it is short of in logits.
     """
-    from ..bench.plot import check_plot
+    from ..picture import check_plot
     from ..screen import progress_bars
     from .measure import evaluate as measure
     from .plot import plot as draw

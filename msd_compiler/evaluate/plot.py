@@ -1,4 +1,4 @@
-"""An evaluation as a picture, drawn by matplotlib, which is an extra."""
+"""An evaluation as a picture."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bench.plot import check_plot
-from ..errors import OutputError
+from ..picture import check_plot, save_plot
 from .report import BINS_PER_DECADE, DECADES, Evaluation
 
 
@@ -16,15 +15,11 @@ def plot(found: Evaluation, path: Path) -> None:
     """Draw how KL divergences are distributed, and flips by margin.
 
     Raises:
-        OptionError: matplotlib is not installed, or the file is neither ``.svg`` nor ``.png``.
+        OptionError: the file is of another type.
         OutputError: the file cannot be written.
     """
     check_plot(path)
-    figure = draw(found)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise OutputError(f"plot {str(path)!r} cannot be written: {error.strerror}") from error
+    save_plot(draw(found), path)
 
 
 def draw(found: Evaluation) -> Any:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from ..screen import distance_text, number_of
+from ..screen import distance_text, number_of, titled_table
 from .report import Evaluation, RunRow, SiteNoise
 from .run import DEFAULT, LEVEL_ZERO
 
@@ -34,18 +32,9 @@ def _about(found: Evaluation) -> str:
     return f"{t.predictions} predictions in {documents}, windows of {t.window} tokens{overlap}"
 
 
-def _table(title: str, words: tuple[str, ...], figures: tuple[str, ...]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for heading in words:
-        table.add_column(heading, overflow="fold")
-    for heading in figures:
-        table.add_column(heading, justify="right")
-    return table
-
-
 def _runs(found: Evaluation) -> RenderableType:
     figures = ("perplexity", "KL mean", "max", "same top", "flips", "margin")
-    table = _table("against the oracle, what the model means", ("run",), figures)
+    table = titled_table("against the oracle, what the model means", ("run",), figures)
     table.collapse_padding = True
     table.columns[0].min_width = max(len(name) for name in (DEFAULT, LEVEL_ZERO))
     table.add_row("oracle", f"{found.oracle.perplexity:.4f}", "", "", "", "", "")
@@ -69,7 +58,7 @@ def _short(value: float) -> str:
 
 
 def _flips(runs: list[RunRow]) -> RenderableType:
-    table = _table("flips, largest margin first", ("run",), ("token", "margin", "oracle", "found", "text"))
+    table = titled_table("flips, largest margin first", ("run",), ("token", "margin", "oracle", "found", "text"))
     for run in runs:
         for number, flip in enumerate(run.flips[:_FLIPS]):
             ids = (str(flip.oracle), str(flip.found), str(flip.target))
@@ -81,7 +70,7 @@ def _flips(runs: list[RunRow]) -> RenderableType:
 
 def _sites(rows: list[SiteNoise]) -> RenderableType:
     figures = ("crest", "weight", "int8", "two terms", "ratio")
-    table = _table("layers on this text, worst first", ("node",), figures)
+    table = titled_table("layers on this text, worst first", ("node",), figures)
     for row in rows[:_SITES]:
         errors = [distance_text(e) for e in (row.weight_error, row.int8_error, row.msd_error)]
         style = "yellow" if row.int8_ratio > 1 else ""

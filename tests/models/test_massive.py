@@ -13,7 +13,7 @@ from support import model
 
 import msd_compiler
 from msd_compiler import ModelError
-from msd_compiler.evaluate import evaluate
+from msd_compiler.evaluate.measure import evaluate
 from msd_compiler.runtime import open_model, run
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "models"))

@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 
 import msd_compiler
 from msd_compiler import Decoder, ModelError, MsdError, OptionError, OutputError
-from msd_compiler.evaluate import Windows, evaluate, read_text, read_tokens, run, score, tokens_of
+from msd_compiler.evaluate import run, score
 from msd_compiler.evaluate.command import evaluate as command
-from msd_compiler.evaluate.windows import batches
+from msd_compiler.evaluate.measure import evaluate
+from msd_compiler.evaluate.tokens import read_text, read_tokens, tokens_of
+from msd_compiler.evaluate.windows import Windows, batches
 from msd_compiler.oracle_session import open_oracle
 from msd_compiler.source import load
 
@@ -183,7 +185,9 @@ def test_a_layers_errors_are_those_of_plain_float64():
 KILLED = """
 import os, signal, sys
 import numpy as np
-from msd_compiler.evaluate import Windows, evaluate, measure
+from msd_compiler.evaluate import measure
+from msd_compiler.evaluate.measure import evaluate
+from msd_compiler.evaluate.windows import Windows
 measure.SAVE_EVERY = 0
 
 def progress(what, done, total):
