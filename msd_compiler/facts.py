@@ -15,6 +15,7 @@ from onnx import TensorProto
 
 from .errors import ModelError
 from .linked import Scope
+from .runtime_ops.matmul.layout import Codebook
 
 
 class ReasonCode(StrEnum):
@@ -86,7 +87,10 @@ class Reject(Exception):
 
 @dataclass(frozen=True)
 class WeightData:
-    """A weight's numbers: ``W[k, n] = input_scales[k] * scales[g, n] * (codes[k, n] - zero_points[g, n] - offsets[g, n])``."""
+    """A weight's numbers: ``W[k, n] = input_scales[k] * scales[g, n] * (codes[k, n] - zero_points[g, n] - offsets[g, n])``.
+
+    Where the weight has a codebook, its number for the code stands in the code's place.
+    """
 
     codes: np.ndarray
     """``[K, N]`` uint8."""
@@ -125,6 +129,8 @@ class LowBitWeight(ABC):
     """As people say it: ``int4 block 32``."""
     is_plain: bool
     """Whether codes, a scale per column or block, and integer zero points are all there is to it."""
+    codebook: Codebook = Codebook.INTEGER
+    """What the codes stand for."""
 
     @abstractmethod
     def load(self) -> WeightData:

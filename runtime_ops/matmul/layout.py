@@ -18,12 +18,16 @@ AMX multiply, and that holds the pairs of ``vpmaddwd`` and ``vpdpwssd``. Codes a
 reads them beside the lines they belong to; ``groups`` is 1 where all groups share a value, and zero points and offsets
 that are one number everywhere are ``[1, 1, 1]``. ``offsets`` is the part of a zero point that is no integer.
 
+A *codebook* says what the codes stand for: themselves, or the numbers of a table of 16. `CODEBOOKS` holds the tables, whose
+numbers take the codes' place in every formula, so that zero points are numbers of the table too.
+
 In a data file B starts at a multiple of 64 bytes; a kernel may not rely on it (an embedded tensor is unaligned).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import IntEnum
 
 import numpy as np
 
@@ -41,6 +45,42 @@ LONGEST_GROUP = 256
 
 _AT_ONCE = 2**21
 """Bytes that are packed at a time: they stay in the cache, and what is in memory beside the weight is little."""
+
+
+
+class Codebook(IntEnum):
+    """What weight codes stand for; the values are those of the input ``plan``."""
+
+    INTEGER = 0
+    """Themselves."""
+    E2M1 = 1
+    """Twice the 15 values of FLOAT4E2M1, in ascending order, raised by `E2M1_ZERO`: 4 bits."""
+
+
+class ActivationFormat(IntEnum):
+    """How a group of the activation becomes codes and a scale; the values are those of the input ``plan``. See `mx`."""
+
+    INT8 = 0
+    """INT8 terms, the scale from the largest magnitude: `reference.decompose`."""
+    MXFP4_E1M2_X2 = 1
+    """Two passes of 4 bits on the paper's grid, a scale of a power of two."""
+    MXFP4_E1M2 = 2
+    """One pass."""
+    MXFP4_E2M1_X2 = 3
+    """Two passes on the grid of the OCP standard."""
+    MXFP4_E2M1 = 4
+    """One pass."""
+    MXFP8 = 5
+    """E4M3, one pass."""
+
+
+E2M1_ZERO = 12
+"""Zero point of `Codebook.E2M1`: what the code of 0 stands for."""
+
+CODEBOOKS = {
+    Codebook.E2M1: np.array([0, 4, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 24, 24], np.uint8),
+}
+"""By code, 0 to 15. Ascending, so that code 0 is number 0 (what a kernel needs of the bytes between); the last is not used."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +116,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Plan(Storage):
-    """What ``msd.MatMul`` needs to know and cannot read off its inputs' shapes: the input ``plan``, int64[5].
+    """What ``msd.MatMul`` needs to know and cannot read off its inputs' shapes: the input ``plan``, int64[7].
 
     It is an input and not a set of attributes because at opset 11 no attribute can become a tensor, and the
     function body must run there.
@@ -86,16 +126,22 @@ class Plan(Storage):
     """INT8 terms of the activation, 1 to 3."""
     per_row: bool
     """One activation scale for the whole row instead of one per row and group."""
+    codebook: Codebook = field(default=Codebook.INTEGER, kw_only=True)
+    """What weight codes stand for."""
+    activation: ActivationFormat = field(default=ActivationFormat.INT8, kw_only=True)
+    """What a digit of the activation is."""
 
     def tensor(self) -> np.ndarray:
         """The input ``plan``."""
-        return np.array([self.k, self.bits, self.block_size, self.terms, self.per_row], np.int64)
+        numbers = (self.k, self.bits, self.block_size, self.terms, self.per_row, self.codebook, self.activation)
+        return np.array(numbers, np.int64)
 
     @classmethod
     def of(cls, tensor: np.ndarray) -> Plan:
         """Read the input ``plan``."""
-        k, bits, block_size, terms, per_row = (int(v) for v in tensor)
-        return cls(k, bits, block_size, terms, bool(per_row))
+        k, bits, block_size, terms, per_row, codebook, activation = (int(v) for v in tensor)
+        formats = Codebook(codebook), ActivationFormat(activation)
+        return cls(k, bits, block_size, terms, bool(per_row), codebook=formats[0], activation=formats[1])
 
 
 def pack_codes(codes: np.ndarray, plan: Storage) -> np.ndarray:

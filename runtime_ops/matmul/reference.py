@@ -92,7 +92,7 @@ def matmul(
         zero_points: ``[tiles, groups | 1, 16]`` or ``[1, 1, 1]`` uint8.
         offsets: as ``zero_points``, float32; what a zero point has beyond its integer.
         bias: ``[N]`` float32.
-        plan: ``[5]`` int64, see `layout.Plan`.
+        plan: ``[7]`` int64, see `layout.Plan`.
 
     Returns:
         ``[..., N]`` of A's type.

@@ -26,11 +26,11 @@ Columns<T> read_columns(const Tensor& tensor, const char* name, int64_t tiles, i
 
 }  // namespace
 
-PlanReader::PlanReader(const Tensor& tensor, const char* names) {
-  if (tensor.shape != std::vector<int64_t>{5}) {
-    throw Refused{"plan has shape " + text_of(tensor.shape) + ", needed [5]: " + names};
+PlanReader::PlanReader(const Tensor& tensor, int64_t count, const char* names) {
+  if (tensor.shape != std::vector<int64_t>{count}) {
+    throw Refused{"plan has shape " + text_of(tensor.shape) + ", needed " + text_of({count}) + ": " + names};
   }
-  std::memcpy(values_, tensor.data, sizeof values_);
+  std::memcpy(values_, tensor.data, static_cast<size_t>(count) * sizeof(int64_t));
 }
 
 int64_t PlanReader::one_of(size_t index, const char* name, std::initializer_list<int64_t> allowed,

@@ -19,17 +19,18 @@ struct WeightTensors {
   const Tensor& bias;
 };
 
-// The five numbers of a plan, checked by `need` one by one; the first three, the weight's storage, are read by `storage`.
+// The numbers of a plan, checked one by one; the first three, the weight's storage, are read by `storage`.
 class PlanReader {
  public:
-  // `names` is what they are, for the error: "k, bits, block_size, terms, per_row".
-  PlanReader(const Tensor& tensor, const char* names);
+  // `count` numbers; `names` is what they are, for the error: "k, bits, block_size, code_bits, signed".
+  PlanReader(const Tensor& tensor, int64_t count, const char* names);
   Plan storage(int longest_group) const;
   // Number `index`, if it is one of those `allowed` (0 stands for itself only where listed).
   int64_t one_of(size_t index, const char* name, std::initializer_list<int64_t> allowed, const char* needed) const;
 
  private:
-  int64_t values_[5];
+  static constexpr int64_t kMost = 7;
+  int64_t values_[kMost];
 };
 
 // Throws Refused unless the shapes fit together.

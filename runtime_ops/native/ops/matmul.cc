@@ -28,10 +28,12 @@ struct MatMulKernel {
 };
 
 Plan read_plan(const Tensor& tensor) {
-  const matmul::PlanReader reader(tensor, "k, bits, block_size, terms, per_row");
+  const matmul::PlanReader reader(tensor, 7, "k, bits, block_size, terms, per_row, codebook, activation");
   Plan plan = reader.storage(matmul::kLongestGroup);
   plan.terms = static_cast<int>(reader.one_of(3, "terms", {1, 2, 3}, "1, 2 or 3"));
   plan.per_row = reader.one_of(4, "per_row", {0, 1}, "0 or 1") == 1;
+  reader.one_of(5, "codebook", {0}, "0");
+  reader.one_of(6, "activation", {0}, "0");
   return plan;
 }
 

@@ -34,7 +34,7 @@ bool is_wide(CodeType type) { return type == CodeType::kUint16 || type == CodeTy
 bool is_signed(CodeType type) { return type == CodeType::kInt8 || type == CodeType::kInt16; }
 
 Plan read_plan(const Tensor& tensor, CodeType type) {
-  const matmul::PlanReader reader(tensor, "k, bits, block_size, code_bits, signed");
+  const matmul::PlanReader reader(tensor, 5, "k, bits, block_size, code_bits, signed");
   Plan plan = reader.storage(kLongestGroup);
   reader.one_of(3, "code_bits", {is_wide(type) ? 16 : 8}, is_wide(type) ? "16, A's width" : "8, A's width");
   reader.one_of(4, "signed", {is_signed(type) ? 1 : 0}, is_signed(type) ? "1, as A is" : "0, as A is");
