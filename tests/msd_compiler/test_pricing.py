@@ -132,6 +132,25 @@ def test_samples_predict_the_error(tmp_path):
     assert predicted != blind
 
 
+def test_massive_activations_whose_weights_are_small_need_three_terms(tmp_path):
+    """Issue 29849: the output is no larger for them, so the crest of the activation alone would say far too little."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((64, 512)).astype(np.float32)
+    x[:, [100, 300]] *= 300
+    parts = weight("int8", (512, 128), (128,))
+    parts["w"][[100, 300]] //= 100
+    layer = model(LAYER, **parts)
+    samples = [Feed("given", {"x": x})]
+    (row,) = sites(layer, samples=samples)
+    assert row.terms == 3
+    (row,) = sites(layer, samples=samples, budget=1.0, terms=2)
+    exact = x.astype(np.float64) @ np.asarray(_weights(layer), np.float64)
+    msd_compiler.compile(layer, tmp_path / "out.onnx", terms=2)
+    y = msd_compiler.run(tmp_path / "out.onnx", {"x": x})["y"]
+    predicted = next(c.error for c in row.candidates if c.name == "2 terms")
+    assert relative_l2(y, exact) == pytest.approx(predicted, rel=0.25)
+
+
 def _weights(proto: onnx.ModelProto) -> np.ndarray:
     tensors = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
     return tensors["w"].astype(np.float32) * tensors["s"]

@@ -1,0 +1,30 @@
+"""A low-bit weight's numbers as floats: for measuring, never for a result."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .facts import LowBitWeight
+from .runtime_ops.matmul.layout import CODEBOOKS
+
+
+def float_values(weight: LowBitWeight) -> tuple[np.ndarray, np.ndarray]:
+    """``W[k, n]``, and the scale of each: how far apart two neighbouring codes are; float32.
+
+    Raises:
+        ModelError: see `LowBitWeight.load`.
+    """
+    data = weight.load()
+    block = weight.block_size or weight.k
+    group = np.arange(weight.k) // block if len(data.scales) > 1 else np.zeros(weight.k, np.int64)
+    steps = np.broadcast_to(data.scales[group], data.codes.shape).astype(np.float32)
+    zeros: np.ndarray = data.zero_points.astype(np.float32)
+    if data.offsets is not None:
+        zeros = zeros + data.offsets
+    if data.input_scales is not None:
+        steps = steps * data.input_scales[:, None]
+    numbers = CODEBOOKS[weight.codebook][data.codes] if weight.codebook in CODEBOOKS else data.codes
+    values = numbers.astype(np.float32)
+    values -= zeros[group] if len(zeros) > 1 else zeros
+    values *= steps
+    return values, steps
