@@ -18,7 +18,7 @@ from .cost.profile import Way
 from .cost.workload import DEFAULT as DEFAULT_WORKLOAD
 from .decide import Activations, Decided, Options, decide
 from .edit import Edit
-from .errors import OptionError, OutputError
+from .errors import ModelError, OptionError, OutputError
 from .facts import QuantizedLinear, ReasonCode
 from .genai import FolderOutput, GenaiFolder, default_folder, is_genai, merged_report
 from .inputs import Feed, NoInputs
@@ -46,6 +46,7 @@ from .verification import (
     Progress,
     Reference,
     RewrittenProduct,
+    made_inputs,
     silent,
     verify_sites,
     verify_whole,
@@ -172,7 +173,42 @@ def compile(
     asked = Options(terms, quantization, Activations(activations), kv_cache, priced, Overrides.parse(overrides))
     given = load(model)
     path = None if output is None else _target(given, Path(output))
-    decided = decide(given, asked, progress)
+    check = _Check(verify, verify_seconds, tolerance, progress)
+    try:
+        return _compile(given, path, decide(given, asked, progress), check, progress)
+    except VerificationFailed as failure:
+        looked = _looked_at(given, asked, failure, check)
+        if looked is None:
+            raise
+    return _compile(given, path, looked, replace(check, note=_LOOKED_AT), progress)
+
+
+_LOOKED_AT = (
+    "with two terms in every layer it was not right enough: activations were looked at on these inputs, "
+    "and layers have as many terms as they need"
+)
+
+
+def _looked_at(given: Source, asked: Options, failure: VerificationFailed, check: _Check) -> Decided | None:
+    """Another decision, with activations looked at on the inputs on which a result failed; None if it is no other.
+
+    Massive activations (onnxruntime issue 29849) are what two terms, chosen without having seen any, may not be enough for.
+    """
+    verification = failure.report.verification
+    if asked.terms is not None or asked.target.samples is not None or verification is None or not verification.outputs:
+        return None
+    first = decide(given, asked, check.progress)
+    assert first.oracle is not None  # or there were no outputs
+    samples = made_inputs(first.oracle, Clock(check.seconds))
+    try:
+        second = decide(given, replace(asked, target=replace(asked.target, samples=samples)), check.progress)
+    except (RuntimeRefused, ModelError):
+        return None  # these inputs are the oracle's, with caches that the source itself may not take
+    return second if [d.choice.terms for d in first.decisions] != [d.choice.terms for d in second.decisions] else None
+
+
+def _compile(given: Source, path: Path | None, decided: Decided, check: _Check, progress: Progress) -> Compiled:
+    """Rewrite as decided, check, and write."""
     source, report = decided.source, _report(decided)
     if not any(row.outcome is Outcome.REWRITTEN for row in report.sites):
         report = embedded_report(source.proto) or report  # a result says what was done to it
@@ -182,7 +218,6 @@ def compile(
 
     unrounded = given if source is not given and weight_bytes(given.proto) <= WHOLE_UP_TO else None
     reference = _reference(decided, unrounded, report)
-    check = _Check(verify, verify_seconds, tolerance, progress)
     if path is None:
         store = WeightStore(None)
         edited, products = _rewrite(decided, report, store, progress)
@@ -391,6 +426,8 @@ class _Check:
     seconds: float
     tolerance: float
     progress: Progress
+    note: str | None = None
+    """What there is to say beforehand."""
 
     def __call__(
         self,
@@ -444,6 +481,9 @@ class _Check:
             else:
                 passed = verification.passed and layers.passed
                 verification = verification.model_copy(update={"sites": layers.sites, "passed": passed})
+        if self.note is not None:
+            said = "; ".join(n for n in (self.note, verification.note) if n)
+            verification = verification.model_copy(update={"note": said})
         report = report.model_copy(update={"verification": verification})
         if not verification.passed:
             raise VerificationFailed(_failure(verification, report), report)

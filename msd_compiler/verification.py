@@ -179,6 +179,15 @@ def verify_whole(
     )
 
 
+def made_inputs(oracle: Source, clock: Clock, seed: int = 0) -> Sequence[Feed]:
+    """The inputs that `verify_whole` makes.
+
+    Raises:
+        NoInputs, RuntimeRefused, TimedOut: see there.
+    """
+    return _oracle_outputs(oracle, None, clock, seed)[1]
+
+
 def _oracle_outputs(
     source: Source, feeds: Sequence[Feed] | None, clock: Clock, seed: int
 ) -> tuple[list[str], Sequence[Feed], list[list[Any]]]:

@@ -251,3 +251,19 @@ def test_the_roofline_is_drawn(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "candidates" in shown
     assert "predicted for cpu-" in shown
+
+
+def test_what_two_terms_are_not_enough_for_gets_three_without_being_asked(tmp_path):
+    """The model's own norm makes two channels 3000 times as large: seen only once it has run."""
+    parts = weight("int8", (512, 128), (128,))
+    parts["w"][[100, 300]] = 0
+    gain = np.ones(512, np.float32)
+    gain[[100, 300]] = 3000
+    text = "(float[M, 512] x) => (float[M, 128] y) { h = Mul(x, gain)  d = DequantizeLinear(w, s)  y = MatMul(h, d) }"
+    done = msd_compiler.compile(model(text, gain=gain, **parts), tmp_path / "out.onnx")
+    assert [row.terms for row in done.report.sites] == [3]
+    assert done.report.verification.passed
+    assert "activations were looked at" in done.report.verification.note
+    with pytest.raises(msd_compiler.VerificationFailed, match="--terms 3"):
+        msd_compiler.compile(model(text, gain=gain, **parts), tmp_path / "two.onnx", terms=2)
+    assert not (tmp_path / "two.onnx").exists()
