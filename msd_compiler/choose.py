@@ -11,7 +11,15 @@ import networkx as nx
 from onnx import TensorProto
 
 from .attention import AttentionSite
-from .cost.candidates import Candidate, Decided, Pricing, attention_candidates, decide, linear_candidates
+from .cost.candidates import (
+    Candidate,
+    Decided,
+    Pricing,
+    attention_candidates,
+    decide,
+    in_format,
+    linear_candidates,
+)
 from .cost.error import Activation
 from .cost.profile import Way
 from .cost.rules import explain
@@ -21,6 +29,7 @@ from .errors import OptionError
 from .facts import QuantizedLinear
 from .linked import Linked, Scope
 from .reader import Site
+from .runtime_ops.matmul.mx import ActivationFormat
 
 DEFAULT_TERMS = 2
 """16 bits of the activation."""
@@ -52,6 +61,15 @@ class Override(StrEnum):
     ONE = "1"
     TWO = "2"
     THREE = "3"
+    MXFP4_E1M2_X2 = "mxfp4x2"
+    """Two passes of MXFP4, 6.6 effective bits: what a device with FP4 units would compute. The others are for comparison."""
+    MXFP4_E1M2 = "mxfp4"
+    MXFP4_E2M1_X2 = "mxfp4x2-e2m1"
+    MXFP4_E2M1 = "mxfp4-e2m1"
+    MXFP8 = "mxfp8"
+
+
+_FORMATS = {Override(f.label): f for f in ActivationFormat if f is not ActivationFormat.INT8}
 
 
 @dataclass(frozen=True)
@@ -62,7 +80,7 @@ class Overrides:
 
     @classmethod
     def parse(cls, texts: Sequence[str]) -> Overrides:
-        """``GLOB=keep|float|1|2|3``, each.
+        """``GLOB=WHAT``, each; WHAT is an `Override`.
 
         Raises:
             OptionError: one says something else.
@@ -98,6 +116,8 @@ class Choice:
     terms: int = DEFAULT_TERMS
     per_row: bool = False
     """One activation scale for the row instead of one per group."""
+    activation: ActivationFormat = ActivationFormat.INT8
+    """What a term is."""
     way: Way = Way.MSD
     rounded_by: str | None = None
     """The node downstream that made it three terms."""
@@ -182,6 +202,8 @@ def _as_said(site: Site, override: Override, candidates: Sequence[Candidate], ca
         raise OptionError(
             f"override {override}: {site.name!r} is a {site.node.op}, which cannot say it; only MatMulNBits has accuracy_level"
         )
+    if override in _FORMATS:
+        return _choice(Decided(in_format(_FORMATS[override]), tuple(candidates), None), override=override)
     wanted = {Override.KEEP: ("keep",), Override.FLOAT: ("float activations", "keep")}.get(
         override, (f"{override} term{'' if override is Override.ONE else 's'}",)
     )
@@ -220,7 +242,8 @@ def _device_rule(
 
 def _choice(decided: Decided, rounded_by: str | None = None, override: Override | None = None) -> Choice:
     chosen = decided.chosen
-    return Choice(chosen.terms or DEFAULT_TERMS, chosen.per_row, chosen.way, rounded_by, override, decided)
+    terms = chosen.terms or DEFAULT_TERMS
+    return Choice(terms, chosen.per_row, chosen.activation, chosen.way, rounded_by, override, decided)
 
 
 def source_way(site: Site) -> Way:

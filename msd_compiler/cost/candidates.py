@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from ..runtime_ops.matmul.mx import ActivationFormat
 from . import error as law
 from .accelerator import dequantized_attention, dequantized_linear, msd_attention, msd_fp4_linear, msd_linear
 from .cpu import cpu_attention, cpu_linear
@@ -41,6 +42,8 @@ class Candidate:
     """Mean over the workload's runs."""
     why_not: str | None = None
     """Why it is not chosen from."""
+    activation: ActivationFormat = ActivationFormat.INT8
+    """What a term is."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,18 @@ def linear_candidates(
         assert candidate.terms is not None
         found.append(_priced(pricing, candidate, decomposed(candidate.terms, candidate.per_row)))
     if work.is_fp4:
-        in_fp4 = Candidate("2 MXFP4 terms", Way.MSD, law.MXFP4_ERROR, 2, why_not="no op has them: for comparison")
+        # the weight's own grid: a matrix unit multiplies two operands of one type
+        in_fp4 = in_format(ActivationFormat.MXFP4_E2M1_X2)
         found.append(_priced(pricing, in_fp4, lambda phase: msd_fp4_linear(profile, work, rows(phase))))
     return found
+
+
+def in_format(activation: ActivationFormat) -> Candidate:
+    """A product of activations in a format that is not INT8 terms, without prices."""
+    # "terms" are the INT8 digits that hold a code: one, but 18 bits of MXFP8 take three
+    terms = 3 if activation is ActivationFormat.MXFP8 else 1
+    error = law.FORMAT_ERRORS[activation]
+    return Candidate(activation.label, Way.MSD, error, terms, activation=activation)
 
 
 def _in_two_passes(pricing: Pricing, fused: Candidate, rows: Callable[[Phase], int]) -> Iterator[Candidate]:
@@ -190,7 +202,8 @@ def decide(pricing: Pricing, candidates: Sequence[Candidate], *, terms: int | No
     """
 
     def why_not(candidate: Candidate) -> str | None:
-        if candidate.why_not is None and terms is not None and candidate.terms != terms:
+        is_int8 = candidate.activation is ActivationFormat.INT8
+        if candidate.why_not is None and terms is not None and (candidate.terms != terms or not is_int8):
             return f"{terms} terms are needed"
         if candidate.why_not is None and terms is None and candidate.error > pricing.budget:
             return f"its error is above the budget of {pricing.budget:g}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
+from ..runtime_ops.matmul.mx import ActivationFormat
 from ..runtime_ops.matmul.reference import LIMITS
 
 OUTLIER = 30.0
@@ -20,8 +21,14 @@ FLOAT_ERROR = 3e-7
 BF16_ERROR = 1.64e-3
 """Of a weight that is dequantized to bf16, rounded to nearest, the activation being bf16 in any case (METHOD section 9)."""
 
-MXFP4_ERROR = 2.0**-6.62
-"""Of an activation in two MXFP4 terms: the effective bits of normal values (METHOD section 6)."""
+FORMAT_ERRORS = {
+    ActivationFormat.MXFP4_E1M2_X2: 2.0**-6.62,
+    ActivationFormat.MXFP4_E1M2: 2.0**-2.85,
+    ActivationFormat.MXFP4_E2M1_X2: 2.0**-5.85,
+    ActivationFormat.MXFP4_E2M1: 2.0**-2.79,
+    ActivationFormat.MXFP8: 2.0**-5.24,
+}
+"""Of an activation in such a format: the effective bits of normal values in blocks of 32 (METHOD section 6, models/paper)."""
 
 
 @dataclass(frozen=True)

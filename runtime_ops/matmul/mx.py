@@ -34,55 +34,18 @@ Formats 1.0 section 5.3 (E2M1, E4M3). The integers, two passes on E2M1 and the g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Literal
 
 import numpy as np
 
 from . import reference
-from .layout import Plan
+from .layout import ActivationFormat, Plan
 
 BLOCK = 32
 """Values of an MX block. Groups of any other length work too."""
 
 ScaleRule = Literal["paper", "least_error"]
-"""How a block's scale is found, see `decompose_as`."""
-
-
-class ActivationFormat(IntEnum):
-    """How ``msd.MatMul`` writes its activation."""
-
-    INT8 = 0
-    """INT8 digits of one real scale, `reference.decompose`."""
-    MXFP4_E1M2_X2 = 1
-    MXFP4_E1M2 = 2
-    MXFP4_E2M1_X2 = 3
-    MXFP4_E2M1 = 4
-    MXFP8 = 5
-
-    @property
-    def label(self) -> str:
-        """The name that users give and read."""
-        return _LABELS[self]
-
-    @classmethod
-    def named(cls, label: str) -> ActivationFormat:
-        """The format of a label.
-
-        Raises:
-            KeyError: no format has it.
-        """
-        return {text: found for found, text in _LABELS.items()}[label]
-
-
-_LABELS = {
-    ActivationFormat.INT8: "int8",
-    ActivationFormat.MXFP4_E1M2_X2: "mxfp4x2",
-    ActivationFormat.MXFP4_E1M2: "mxfp4",
-    ActivationFormat.MXFP4_E2M1_X2: "mxfp4x2-e2m1",
-    ActivationFormat.MXFP4_E2M1: "mxfp4-e2m1",
-    ActivationFormat.MXFP8: "mxfp8",
-}
+"""How a block's scale is found, see `decompose_mx`."""
 
 
 @dataclass(frozen=True)
@@ -132,21 +95,25 @@ MX_FORMATS = {
 def decompose_as(
     x: np.ndarray, plan: Plan, activation: ActivationFormat, scale_rule: ScaleRule = "paper"
 ) -> reference.Decomposed:
-    """Split activation rows into integer codes of a format.
+    """Split activation rows into integer codes: `decompose_mx`, or `reference.decompose` for INT8, which has one rule."""
+    if activation is ActivationFormat.INT8:
+        return reference.decompose(x, plan)
+    return decompose_mx(x, plan, MX_FORMATS[activation], scale_rule)
+
+
+def decompose_mx(x: np.ndarray, plan: Plan, form: MxFormat, scale_rule: ScaleRule = "paper") -> reference.Decomposed:
+    """Split activation rows into integer codes of an MX format.
 
     Args:
         x: ``[M, K]`` float32 (wider and narrower types are converted first).
         plan: K and the block size; the last block may be shorter. Terms, and a scale for the whole row, are INT8's alone.
         scale_rule: ``"least_error"``, *ours*, takes half the paper's scale where a block's squared error is smaller with
-            it, though the largest values may saturate. For comparison: no kernel has it, and INT8 has one rule.
+            it, though the largest values may saturate. For comparison: no kernel has it.
 
     Returns:
         Codes within `MxFormat.limit`; scales float32, powers of two. A block whose largest magnitude is below
         `reference.SMALLEST_PEAK` has scale 0 and codes 0, one with NaN or Inf scale NaN and codes 0.
     """
-    if activation is ActivationFormat.INT8:
-        return reference.decompose(x, plan)
-    form = MX_FORMATS[activation]
     x = np.asarray(x, np.float32)
     padded = np.zeros((len(x), plan.groups * plan.block_size), np.float32)
     padded[:, : plan.k] = x
@@ -173,7 +140,8 @@ def unit_exponent(largest: np.ndarray, peak: float) -> np.ndarray:
     """e of the smallest ``u = 2**e`` with ``peak * u >= largest``, for finite float32 ``largest`` > 0; int32, exact."""
     mantissa, exponent = np.frexp(np.asarray(largest, np.float32))
     limit, shift = np.frexp(np.float32(peak))
-    return exponent - shift + (mantissa > limit)
+    found: np.ndarray = exponent - shift + (mantissa > limit)
+    return found
 
 
 def round_to_grid(t: np.ndarray, grid: Grid) -> np.ndarray:
@@ -181,7 +149,8 @@ def round_to_grid(t: np.ndarray, grid: Grid) -> np.ndarray:
     _, exponent = np.frexp(t)  # |t| in [2^(e-1), 2^e)
     step = np.maximum(exponent - 1 - grid.mantissa_bits, 0)
     rounded = np.ldexp(np.rint(np.ldexp(t, -step)), step)
-    return np.clip(rounded, -np.float32(grid.largest), np.float32(grid.largest))
+    clipped: np.ndarray = np.clip(rounded, -np.float32(grid.largest), np.float32(grid.largest))
+    return clipped
 
 
 def _codes(groups: np.ndarray, exponent: np.ndarray, form: MxFormat) -> np.ndarray:
