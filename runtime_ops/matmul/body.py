@@ -31,6 +31,7 @@ from functools import cache
 import onnx
 
 from ..spelling import Reductions, parse_body, reshape_with_zeros
+from .formats_body import FORMATS, NUMBERS, choice
 from .weight_body import GROUPS, WEIGHT
 
 
@@ -86,8 +87,9 @@ _FLOAT64 = _Arithmetic(
 )
 
 
-def _branch(a: _Arithmetic, reduce: Reductions) -> str:
-    """Decompose the grouped activation and multiply it with the unpacked weight, group by group."""
+def _branch(a: _Arithmetic, reduce: Reductions, weight: str, formats: bool) -> str:
+    """Decompose the grouped activation and multiply it with the unpacked ``weight``, group by group."""
+    rounded, step = ("chosen_codes", "chosen_step") if formats else ("rounded", "step_raw")
     return f"""
     half = Constant <value = uint8 {{128}}> ()
     term_0 = Constant <value = int64 {{0}}> ()
@@ -106,9 +108,11 @@ def _branch(a: _Arithmetic, reduce: Reductions) -> str:
     inverse = Div (limit, peak_real)
     scaled = Mul (x_real, inverse)
     rounded = Round (scaled)
-    codes = Where (live, rounded, zero)
+    {choice(rounded, "mx_codes", "rounded", a.real_id) if formats else ""}
+    codes = Where (live, {rounded}, zero)
     step_raw = Div (peak_real, limit)
-    step_live = Where (live, step_raw, zero)
+    {choice(step, "mx_step", "step_raw", a.real_id) if formats else ""}
+    step_live = Where (live, {step}, zero)
     step = Add (step_live, poison_real)
     {reduce("code_sums", "ReduceSum", "codes", 2)}
 
@@ -147,21 +151,28 @@ def _branch(a: _Arithmetic, reduce: Reductions) -> str:
         scale = Mul (sx, sw)
         contribution = Mul (centred, scale)
         sum_out = Add (sum_in, contribution)
-    }}> (acc_zero, digits_stacked, step_GM1, sums_GM1, w_GBN, scales{a.suffix}, zero_points_GN, offsets{a.suffix})
+    }}> (acc_zero, digits_stacked, step_GM1, sums_GM1, {weight}, scales{a.suffix}, zero_points_GN, offsets{a.suffix})
     biased = Add (acc, bias{a.suffix})
     """
 
 
 @cache
-def matmul_body(opset: int) -> onnx.FunctionProto:
+def matmul_body(opset: int, *, codebooks: bool = False, formats: bool = False) -> onnx.FunctionProto:
     """The function ``msd.MatMul`` for a model of default-domain opset ``opset``.
+
+    Args:
+        codebooks: it knows other codebooks than `Codebook.INTEGER`.
+        formats: it knows other activation formats than `ActivationFormat.INT8`. A plan's INT8 then costs what the other
+            formats do, for the runtime computes both.
 
     Raises:
         ValueError: ``opset`` is below `spelling.OLDEST_OPSET`.
     """
     reduce = Reductions(opset)
+    weight = "w_numbers" if codebooks else "w_GBN"
     text = f"""<layout, output_dtype> (A, B, scales, zero_points, offsets, bias, plan) => (Y) {{
     {WEIGHT}
+    {NUMBERS if codebooks else ""}
     terms = Slice (plan, at_3, at_4)
     per_row = Slice (plan, at_4, at_5)
     end = Constant <value = int64[1] {{9223372036854775807}}> ()
@@ -196,17 +207,18 @@ def matmul_body(opset: int) -> onnx.FunctionProto:
     is_not_tiny = Not (is_tiny)
     live = And (finite, is_not_tiny)
     safe_peak = Where (live, peak, one_f)
+    {FORMATS if formats else ""}
 
     three = Constant <value = int64[1] {{3}}> ()
     terms_less_1 = Sub (terms, at_1)
     three_terms = Equal (terms, three)
     y_rows = If <
         then_branch = in_float64 () => (float[?, ?] y64) {{
-            {_branch(_FLOAT64, reduce)}
+            {_branch(_FLOAT64, reduce, weight, formats)}
             y64 = Cast <to = 1> (biased)
         }},
         else_branch = in_float32 () => (float[?, ?] y32) {{
-            {_branch(_FLOAT32, reduce)}
+            {_branch(_FLOAT32, reduce, weight, formats)}
             y32 = Identity (biased)
         }}
     > (three_terms)

@@ -47,7 +47,6 @@ _AT_ONCE = 2**21
 """Bytes that are packed at a time: they stay in the cache, and what is in memory beside the weight is little."""
 
 
-
 class Codebook(IntEnum):
     """What weight codes stand for; the values are those of the input ``plan``."""
 
@@ -73,6 +72,30 @@ class ActivationFormat(IntEnum):
     MXFP8 = 5
     """E4M3, one pass."""
 
+    @property
+    def label(self) -> str:
+        """The name that users give and read."""
+        return _LABELS[self]
+
+    @classmethod
+    def named(cls, label: str) -> ActivationFormat:
+        """The format of a label.
+
+        Raises:
+            KeyError: no format has it.
+        """
+        return {text: found for found, text in _LABELS.items()}[label]
+
+
+_LABELS = {
+    ActivationFormat.INT8: "int8",
+    ActivationFormat.MXFP4_E1M2_X2: "mxfp4x2",
+    ActivationFormat.MXFP4_E1M2: "mxfp4",
+    ActivationFormat.MXFP4_E2M1_X2: "mxfp4x2-e2m1",
+    ActivationFormat.MXFP4_E2M1: "mxfp4-e2m1",
+    ActivationFormat.MXFP8: "mxfp8",
+}
+
 
 E2M1_ZERO = 12
 """Zero point of `Codebook.E2M1`: what the code of 0 stands for."""
@@ -80,7 +103,7 @@ E2M1_ZERO = 12
 CODEBOOKS = {
     Codebook.E2M1: np.array([0, 4, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 24, 24], np.uint8),
 }
-"""By code, 0 to 15. Ascending, so that code 0 is number 0 (what a kernel needs of the bytes between); the last is not used."""
+"""By code, 0 to 15, ascending; the last is not used."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +242,12 @@ def unpack_codes(packed: np.ndarray, n: int, plan: Storage) -> np.ndarray:
     axes = parts.reshape(tiles, groups, lines, TILE, QUAD, u).transpose(1, 2, 5, 4, 0, 3)
     padded = axes.reshape(groups, lines * u * QUAD, tiles * TILE)
     return padded[:, : plan.block_size, :n].reshape(groups * plan.block_size, n)[: plan.k]
+
+
+def decode(codes: np.ndarray, codebook: Codebook) -> np.ndarray:
+    """The numbers that weight codes stand for, of the codes' shape: uint8."""
+    numbers: np.ndarray = codes if codebook is Codebook.INTEGER else CODEBOOKS[codebook][codes]
+    return numbers
 
 
 def pack_columns(values: np.ndarray) -> np.ndarray:

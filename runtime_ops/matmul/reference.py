@@ -3,9 +3,10 @@
     Y[m, n] = bias[n] + sum over groups g of  s_x[m, g] * s_w[g, n] * (C - offset[g, n] * R)
     C = sum over k in g of (w[k, n] - z[g, n]) * Q[m, k]          R = sum over k in g of Q[m, k]
 
-Q are the activation's codes (`decompose`), C and R exact integers. Terms 1 and 2 work in float32, and so do the scales;
-3 terms in float64, for 254^2 * 127 is almost 2^23. Groups are added in ascending order, every product and sum rounded on its own (no FMA),
-so the same row has the same bits at every batch size, thread count and instruction set.
+Q are the activation's codes (`decompose`), w the numbers that the weight's codes stand for (`layout.decode`), C and R exact
+integers. Terms 1 and 2 work in float32, and so do the scales; 3 terms in float64, for 254^2 * 127 is almost 2^23. Groups are
+added in ascending order, every product and sum rounded on its own (no FMA), so the same row has the same bits at every batch
+size, thread count and instruction set.
 
 Source: arXiv 2605.13915 section 3 (the decomposition); the fused code, the groups and the guards are ours.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .layout import Plan, unpack_codes, unpack_columns
+from .layout import ActivationFormat, Plan, decode, unpack_codes, unpack_columns
 
 LIMITS = {1: 127, 2: 127 * 254, 3: 127 * 254**2}
 """Largest activation code by number of terms."""
@@ -46,15 +47,19 @@ def real_type(terms: int) -> type[np.floating]:
 
 
 def decompose(x: np.ndarray, plan: Plan) -> Decomposed:
-    """Split activation rows into integer codes of ``plan.terms`` INT8 digits.
+    """Split activation rows into integer codes: ``plan.terms`` INT8 digits, or what `mx` says of ``plan.activation``.
 
     Args:
         x: ``[M, K]`` float32 (wider and narrower types are converted first).
 
     Returns:
-        Codes within ``LIMITS[plan.terms]``, rounded half to even. Error per element: at most
+        Of INT8, codes within ``LIMITS[plan.terms]``, rounded half to even. Error per element: at most
         ``max|x| / (2 * LIMITS)`` of its group (or row), plus ``4 * max|x| * 2**-24`` of float32 rounding.
     """
+    if plan.activation is not ActivationFormat.INT8:
+        from . import mx  # which is made of what is here
+
+        return mx.decompose_as(x, plan, plan.activation)
     x = np.asarray(x, np.float32)
     real = real_type(plan.terms)
     limit = real(LIMITS[plan.terms])
@@ -101,7 +106,7 @@ def matmul(
     n = len(bias)
     real = real_type(p.terms)
     x = decompose(a.reshape(-1, p.k), p)
-    w = unpack_codes(b, n, p).astype(np.int64)
+    w = decode(unpack_codes(b, n, p), p.codebook).astype(np.int64)
     s = unpack_columns(scales, n, p.groups).astype(real)
     z = unpack_columns(zero_points, n, p.groups).astype(np.int64)
     o = unpack_columns(offsets, n, p.groups).astype(real)

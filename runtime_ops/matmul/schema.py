@@ -24,7 +24,9 @@ SCHEMA = _Schema(
         _Schema.FormalParameter("zero_points", "tensor(uint8)", "[tiles, groups or 1, 16] or [1, 1, 1]"),
         _Schema.FormalParameter("offsets", "tensor(float)", "what a zero point has beyond its integer; same shapes"),
         _Schema.FormalParameter("bias", "tensor(float)", "[N]"),
-        _Schema.FormalParameter("plan", "tensor(int64)", "[7]: K, bits, block_size, terms, per_row, codebook, activation"),
+        _Schema.FormalParameter(
+            "plan", "tensor(int64)", "[7]: K, bits, block_size, terms, per_row, codebook, activation"
+        ),
     ],
     outputs=[_Schema.FormalParameter("Y", "T", "[..., N]")],
     type_constraints=[("T", _ACTIVATIONS, "type of the activation and the result")],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -62,10 +63,49 @@ class Site:
         shift = shift + layout.unpack_columns(self.offsets, n, groups)
         scales = layout.unpack_columns(self.scales, n, groups).astype(np.float64)
         of = np.arange(self.plan.k) // self.plan.block_size
-        return (self.codes - shift[of]) * scales[of]
+        return (layout.decode(self.codes, self.plan.codebook) - shift[of]) * scales[of]
 
     def but(self, **changes: np.ndarray) -> Site:
         return replace(self, **changes)
+
+
+CODINGS: dict[str, dict[str, Any]] = {
+    "int2": {"bits": 2},
+    "int4": {"bits": 4},
+    "int8": {"bits": 8},
+    "e2m1": {"bits": 4, "codebook": layout.Codebook.E2M1},
+}
+"""What weights are made of, as arguments of `make_site`: kernels have a loop for each."""
+
+
+@pytest.fixture(params=CODINGS)
+def coding(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Runs the test with each of `CODINGS`."""
+    return CODINGS[request.param]
+
+
+MX_FORMATS = [form for form in layout.ActivationFormat if form is not layout.ActivationFormat.INT8]
+
+
+@pytest.fixture(params=MX_FORMATS, ids=lambda form: form.label)
+def mx_format(request: pytest.FixtureRequest) -> layout.ActivationFormat:
+    """Runs the test with each microscaling format of activations."""
+    return layout.ActivationFormat(request.param)
+
+
+def uneven(rows: int, k: int, dtype: type = np.float32) -> np.ndarray:
+    """Activations at the edges of what a scale can be: 9 rows or more, some with NaN and Inf."""
+    rng = np.random.default_rng(5)
+    farthest = 14 if dtype == np.float16 else 126
+    a = rng.normal(size=(rows, k)) * 2.0 ** rng.integers(-farthest, farthest - 2, (rows, 1))
+    a[0] = rng.integers(-30, 31, k) / 4  # halves between values
+    a[1, k // 3], a[2, k // 2], a[3, -1] = np.nan, np.inf, -np.inf
+    a[4] = 0
+    a[5] = np.resize([7.4375, -8, 8.5, 7.5, 1.75, 0.25, 448, 464], k)
+    a[6] = 2.0**-14 if dtype == np.float16 else 2.0**-100
+    a[7] = a[6] * 0.99
+    a[8] = np.resize([65504, 1e-7] if dtype == np.float16 else [3.3e38, 1e-42], k)
+    return a.astype(dtype)
 
 
 def make_site(
@@ -77,15 +117,23 @@ def make_site(
     terms: int = 2,
     per_row: bool = False,
     columns: str = "one",
+    codebook: layout.Codebook = layout.Codebook.INTEGER,
+    activation: layout.ActivationFormat = layout.ActivationFormat.INT8,
     seed: int = 0,
 ) -> Site:
-    """Random operands. ``columns``: what zero points and offsets are, "one" number, one per "column" or per "group"."""
+    """Random operands. ``columns``: what zero points and offsets are, "one" number, one per "column" or per "group".
+
+    ``terms`` are those of INT8 activations: each other format has its own number.
+    """
     rng = np.random.default_rng(seed)
-    plan = layout.Plan(k, bits, block_size, terms, per_row)
-    codes = rng.integers(0, 2**bits, (k, n)).astype(np.uint8)
+    if activation is not layout.ActivationFormat.INT8:
+        terms = 3 if activation is layout.ActivationFormat.MXFP8 else 1
+    plan = layout.Plan(k, bits, block_size, terms, per_row, codebook=codebook, activation=activation)
+    codes = rng.integers(0, 2**bits - (codebook is layout.Codebook.E2M1), (k, n)).astype(np.uint8)
     groups = {"one": 1, "column": 1, "group": plan.groups}[columns]
     if columns == "one":
-        zero_points = np.full((1, 1, 1), 2 ** (bits - 1), np.uint8)
+        zero_point = layout.E2M1_ZERO if codebook is layout.Codebook.E2M1 else 2 ** (bits - 1)
+        zero_points = np.full((1, 1, 1), zero_point, np.uint8)
         offsets = np.zeros((1, 1, 1), np.float32)
     else:
         zero_points = layout.pack_columns(rng.integers(0, 256, (groups, n)).astype(np.uint8))
@@ -206,6 +254,8 @@ def native() -> Callable[..., np.ndarray]:
 class Helpers:
     """The functions above, for test modules: they are collected one by one and cannot import each other."""
 
+    codings = tuple(CODINGS.values())
+    uneven = staticmethod(uneven)
     make_site = staticmethod(make_site)
     options = staticmethod(options)
     displaced = staticmethod(displaced)

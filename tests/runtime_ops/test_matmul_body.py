@@ -6,14 +6,18 @@ import onnx
 import onnxruntime as ort
 import pytest
 from msd_compiler.runtime_ops.matmul.body import matmul_body
+from msd_compiler.runtime_ops.matmul.layout import ActivationFormat
 from msd_compiler.runtime_ops.spelling import OLDEST_OPSET
 from onnx import TensorProto, helper, numpy_helper
 
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value")  # of reference.py
+MXFP4, MXFP8 = ActivationFormat.MXFP4_E2M1_X2, ActivationFormat.MXFP8
 
-def model_of(opset, nodes, inputs, outputs, initializers):
+
+def model_of(opset, nodes, inputs, outputs, initializers, **body):
     graph = helper.make_graph(nodes, "body", inputs, outputs, initializers)
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid("msd", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=[matmul_body(opset)])
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=[matmul_body(opset, **body)])
     return model.SerializeToString()
 
 
@@ -34,11 +38,11 @@ def same(y, expected):
     np.testing.assert_array_equal(y.astype(np.float32), expected.astype(np.float32))
 
 
-def run_one(helpers, opset, site, a, *, optimize=True, native=False):
-    """One node with constant operands."""
+def run_one(helpers, opset, site, a, *, optimize=True, native=False, **body):
+    """One node with constant operands; ``body`` is what `matmul_body` is told."""
     dtype = helpers.onnx_type(a.dtype)
     node = helpers.matmul_node("site", dtype, ["A", *names(site, "")], "Y")
-    model = model_of(opset, [node], [value("A", dtype, a.shape)], [value("Y", dtype)], constants(site, ""))
+    model = model_of(opset, [node], [value("A", dtype, a.shape)], [value("Y", dtype)], constants(site, ""), **body)
     session = ort.InferenceSession(model, helpers.options(native=native, optimize=optimize))
     return session.run(None, {"A": a})[0]
 
@@ -52,6 +56,12 @@ def test_two_sites_in_one_file(helpers, opset, optimize):
     """They differ in everything the plan says; the first's output is the second's input."""
     first = helpers.make_site(40, 33, bits=8, block_size=16, terms=2, columns="one", seed=1)
     second = helpers.make_site(33, 20, bits=4, block_size=24, terms=3, per_row=True, columns="group", seed=2)
+    third = helpers.make_site(33, 20, **helpers.codings[-1], activation=ActivationFormat.MXFP8, columns="group", seed=3)
+    check_two_sites(helpers, opset, optimize, first, second)
+    check_two_sites(helpers, opset, optimize, first, third, codebooks=True, formats=True)
+
+
+def check_two_sites(helpers, opset, optimize, first, second, **body):
     nodes = [
         helpers.matmul_node("first", TensorProto.FLOAT, ["A", *names(first, "f_")], "h"),
         helpers.matmul_node("second", TensorProto.FLOAT, ["h", *names(second, "s_")], "Y"),
@@ -62,6 +72,7 @@ def test_two_sites_in_one_file(helpers, opset, optimize):
         [value("A", shape=["m", 40])],
         [value("Y", shape=["m", 20]), value("h", shape=["m", 33])],
         constants(first, "f_") + constants(second, "s_"),
+        **body,
     )
     onnx.checker.check_model(model, full_check=True)
     a = activation((5, 40))
@@ -71,6 +82,25 @@ def test_two_sites_in_one_file(helpers, opset, optimize):
         y, h_run = session.run(None, {"A": a})
         same(h_run, h)
         same(y, second.reference(h))
+
+
+@pytest.mark.parametrize("optimize", [False, True], ids=["plain", "optimized"])
+def test_codebooks_and_formats(helpers, opset, optimize):
+    """A body that knows them serves integers and INT8 terms too: the plan chooses."""
+    for i, form in enumerate(ActivationFormat):
+        for j, coding in enumerate(helpers.codings):
+            k, block_size = ((75, 32), (64, 32), (21, 8))[(i + j) % 3]
+            site = helpers.make_site(k, 18, **coding, block_size=block_size, activation=form, columns="group")
+            a = helpers.uneven(13, k)
+            same(run_one(helpers, opset, site, a, optimize=optimize, codebooks=True, formats=True), site.reference(a))
+            body = {"codebooks": "codebook" in coding, "formats": form is not ActivationFormat.INT8}
+            same(run_one(helpers, opset, site, a, optimize=optimize, **body), site.reference(a))
+
+
+def test_mx_formats_of_narrow_floats(helpers, mx_format):
+    site = helpers.make_site(75, 18, activation=mx_format, columns="group")
+    a = helpers.uneven(13, 75, np.float16)
+    same(run_one(helpers, 17, site, a, formats=True), site.reference(a))
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3])
@@ -146,10 +176,11 @@ def test_within_an_if(helpers, opset):
     same(session.run(None, {"A": a, "c": np.array(True)})[0], site.reference(a))
 
 
-@pytest.mark.parametrize("terms", [2, 3])
-def test_within_constant_ifs(helpers, opset, terms):
+@pytest.mark.parametrize("how", [{"terms": 2}, {"terms": 3}, {"activation": MXFP4}, {"activation": MXFP8}], ids=str)
+def test_within_constant_ifs(helpers, opset, how):
     """The runtime takes them away, and with two of them loses names within a Scan."""
-    site = helpers.make_site(40, 18, bits=4, block_size=16, terms=terms)
+    has_format = "activation" in how
+    site = helpers.make_site(40, 18, **helpers.codings[-1 if has_format else 1], block_size=16, **how)
     node = helpers.matmul_node("site", TensorProto.FLOAT, ["A", *names(site, "")], "y")
     model = model_of(
         opset,
@@ -157,6 +188,8 @@ def test_within_constant_ifs(helpers, opset, terms):
         [value("A", shape=["m", 40])],
         [value("y_or_0_or_0")],
         [*constants(site, ""), numpy_helper.from_array(np.array(True), "c")],
+        codebooks=has_format,
+        formats=has_format,
     )
     session = ort.InferenceSession(model, helpers.options(native=False))
     a = activation((3, 40))

@@ -6,10 +6,11 @@ import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 import pytest
-from msd_compiler.runtime_ops.matmul.layout import pack_codes, pack_columns
+from msd_compiler.runtime_ops.matmul.layout import ActivationFormat, pack_codes, pack_columns
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # of reference.py, where a test asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value")  # of reference.py
 
+MXFP4_X2, MXFP8 = ActivationFormat.MXFP4_E1M2_X2, ActivationFormat.MXFP8
 TILE_ROWS, TILE_COLUMNS, LINE_K = (4, 6, 8), (16, 32), 4  # each kernel has some of these
 
 
@@ -33,23 +34,22 @@ def assert_same_bits(y: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.parametrize("rows", around(TILE_ROWS))
 @pytest.mark.parametrize("n", around(TILE_COLUMNS))
 def test_rows_and_columns(variant, native, helpers, rows, n):
-    for bits in (2, 4, 8):
-        site = helpers.make_site(40, n, bits=bits, columns="group")
+    for coding in helpers.codings:
+        site = helpers.make_site(40, n, **coding, columns="group")
         a = activation(rows, 40)
         assert_same_bits(native(a, site), site.reference(a))
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("block_size", [8, 16, 24, 32, 48, 64, 128, 256])
-def test_k_and_groups(variant, native, helpers, bits, block_size):
-    line = LINE_K * 8 // bits
+def test_k_and_groups(variant, native, helpers, coding, block_size):
+    line = LINE_K * 8 // coding["bits"]
     sizes = {1, 3, 4, 5, line - 1, line, line + 1, block_size - 1, block_size, block_size + 1, 2 * block_size + 3}
     for k in sorted(sizes):
         for terms in (1, 2, 3):
             for per_row in (False, True):
                 columns = ("one", "column", "group")[(k + terms) % 3]
                 site = helpers.make_site(
-                    k, 19, bits=bits, block_size=block_size, terms=terms, per_row=per_row, columns=columns
+                    k, 19, **coding, block_size=block_size, terms=terms, per_row=per_row, columns=columns
                 )
                 a = activation(3 if per_row else 10, k)
                 assert_same_bits(native(a, site), site.reference(a))
@@ -57,19 +57,21 @@ def test_k_and_groups(variant, native, helpers, bits, block_size):
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 5, 7, 9, 31, 33, 100, 255])
 def test_odd_groups(variant, native, helpers, block_size):
-    for bits in (2, 4, 8):
-        site = helpers.make_site(2 * block_size + 1, 5, bits=bits, block_size=block_size, columns="group")
+    for coding in helpers.codings:
+        site = helpers.make_site(2 * block_size + 1, 5, **coding, block_size=block_size, columns="group")
         a = activation(5, site.plan.k)
         assert_same_bits(native(a, site), site.reference(a))
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3])
-@pytest.mark.parametrize("code", [0, 255])
+@pytest.mark.parametrize(
+    ("coding", "code"), [("int8", 0), ("int8", 255), ("e2m1", 0), ("e2m1", 14)], indirect=["coding"]
+)
 @pytest.mark.parametrize("zero_point", [0, 255])
 @pytest.mark.parametrize("rows", [1, 9])
-def test_largest_sums(variant, native, helpers, terms, code, zero_point, rows):
+def test_largest_sums(variant, native, helpers, terms, coding, code, zero_point, rows):
     """256 products of the largest codes: the edge of int32."""
-    site = helpers.make_site(512, 17, block_size=256, terms=terms)
+    site = helpers.make_site(512, 17, **coding, block_size=256, terms=terms)
     codes = np.full_like(site.codes, code)
     site = site.but(
         codes=codes,
@@ -86,8 +88,8 @@ def test_largest_sums(variant, native, helpers, terms, code, zero_point, rows):
 @pytest.mark.parametrize("by", [1, 2, 4, 12])
 def test_any_address(variant, native, helpers, by):
     """onnxruntime hands arrays on as they are, wherever they begin."""
-    for bits in (2, 4, 8):
-        site = helpers.make_site(75, 37, bits=bits, columns="group")
+    for coding in helpers.codings:
+        site = helpers.make_site(75, 37, **coding, columns="group")
         weight = {k: helpers.displaced(v, by) for k, v in site.operands().items() if k != "plan"}
         for rows in (1, 9):
             for dtype in (np.float32, np.float16):
@@ -145,6 +147,16 @@ def test_guards(variant, native, helpers, dtype, terms, per_row):
     assert_same_bits(y, site.reference(a))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_mx_formats(variant, native, helpers, mx_format, dtype):
+    for block_size in (1, 8, 9, 32, 100):
+        for k in sorted({1, block_size, 2 * block_size + 1, 75}):
+            coding = helpers.codings[k % 4]
+            site = helpers.make_site(k, 18, **coding, block_size=block_size, activation=mx_format, columns="group")
+            for a in (helpers.uneven(13, k, dtype), activation(1, k, dtype)):
+                assert_same_bits(native(a, site), site.reference(a))
+
+
 @pytest.mark.parametrize("columns", ["one", "column", "group"])
 @pytest.mark.parametrize("terms", [2, 3])
 def test_what_columns_share(variant, native, helpers, columns, terms):
@@ -158,10 +170,10 @@ def test_what_columns_share(variant, native, helpers, columns, terms):
             assert_same_bits(native(a, case), case.reference(a))
 
 
-@pytest.mark.parametrize("terms", [2, 3])
-def test_the_same_row_has_the_same_bits(native, helpers, library, terms):
+@pytest.mark.parametrize("how", [{"terms": 2}, {"terms": 3}, {"activation": MXFP4_X2}, {"activation": MXFP8}], ids=str)
+def test_the_same_row_has_the_same_bits(native, helpers, library, how):
     """At every number of rows and threads, and with every kernel: panels, tails and tasks differ."""
-    site = helpers.make_site(1000, 200, bits=4, block_size=64, terms=terms, columns="group")
+    site = helpers.make_site(1000, 200, bits=4, block_size=64, columns="group", **how)
     a = activation(300, 1000)
     expected = site.reference(a)
     for name in library.msd_isa_names().decode().split():
@@ -185,13 +197,14 @@ def test_rank(variant, native, helpers, shape, rows):
 
 def test_flush_to_zero_changes_nothing(helpers, variant):
     """The session option sets the processor's flags; the guard at 2^-100 keeps every step clear of subnormals."""
-    site = helpers.make_site(64, 20, block_size=16)
-    a = activation(4, 64) * np.float32(2.0) ** np.array([[0], [-95], [-100], [-126]], np.float32)
     chosen = helpers.options()
     chosen.add_session_config_entry("session.set_denormal_as_zero", "1")
     session = ort.InferenceSession(helpers.open_model(np.float32).SerializeToString(), chosen)
-    (y,) = session.run(None, {"A": a, **site.operands()})
-    assert_same_bits(y, site.reference(a))
+    a = activation(4, 64) * np.float32(2.0) ** np.array([[0], [-95], [-100], [-126]], np.float32)
+    for form in ActivationFormat:
+        site = helpers.make_site(64, 20, block_size=16, activation=form)
+        (y,) = session.run(None, {"A": a, **site.operands()})
+        assert_same_bits(y, site.reference(a))
 
 
 # Relative L2 error of one product against float64: the targets of METHOD sections 2 and 5.

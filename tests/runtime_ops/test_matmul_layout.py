@@ -1,5 +1,6 @@
 """Layout n16k4: what is packed comes back, and lies where the docstring says."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,6 +14,8 @@ PLANS = st.builds(
     block_size=st.integers(1, layout.LONGEST_GROUP),
     terms=st.integers(1, 3),
     per_row=st.booleans(),
+    codebook=st.sampled_from(layout.Codebook),
+    activation=st.sampled_from(layout.ActivationFormat),
 )
 
 
@@ -41,6 +44,12 @@ def test_shared_columns_repeat(shape):
 @given(PLANS)
 def test_plan_is_its_tensor(plan):
     assert layout.Plan.of(plan.tensor()) == plan
+
+
+def test_codes_of_e2m1_stand_for_its_values():
+    values = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    numbers = layout.decode(np.arange(15, dtype=np.uint8), layout.Codebook.E2M1)
+    np.testing.assert_array_equal((numbers.astype(np.float64) - layout.E2M1_ZERO) / 2, np.unique(values))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -27,7 +27,7 @@ def constants(site, prefix=""):
 
 def changed(array, **at):
     """A copy of ``plan`` with fields replaced."""
-    fields = {"k": 0, "bits": 1, "block_size": 2, "terms": 3, "per_row": 4}
+    fields = {"k": 0, "bits": 1, "block_size": 2, "terms": 3, "per_row": 4, "codebook": 5, "activation": 6}
     array = array.copy()
     for name, new in at.items():
         array[fields[name]] = new
@@ -59,6 +59,14 @@ REFUSED = {
     "terms 0": ({"terms": 0}, "plan has terms = 0, needed 1, 2 or 3"),
     "terms 4": ({"terms": 4}, "plan has terms = 4"),
     "per_row 2": ({"per_row": 2}, "plan has per_row = 2, needed 0 or 1"),
+    "codebook 2": ({"codebook": 2}, "plan has codebook = 2, needed 0 or 1"),
+    "codebook of 8 bits": ({"codebook": 1}, "plan has codebook = 1 with 8 bits, needed 4"),
+    "activation 6": ({"activation": 6}, "plan has activation = 6, needed 0 to 5"),
+    "MXFP4 in 2 terms": ({"activation": 1}, "plan has activation = 1 with terms = 2, needed 1"),
+    "MXFP8 in 1 term": ({"activation": 5, "terms": 1}, "plan has activation = 5 with terms = 1, needed 3"),
+    "MXFP4 per row": (
+        {"activation": 4, "terms": 1, "per_row": 1}, "plan has activation = 4 with per_row = 1, needed 0"
+    ),
     "k of another weight": ({"k": 64, "A": np.ones((2, 64), np.float32)}, r"B has shape .*needed \[3, 4, 4, 64\]"),
     "bits of another weight": ({"bits": 4}, r"B has shape \[3, 3, 4, 64\], needed \[3, 3, 2, 64\] for K = 40, N = 35"),
     "B of rank 3": ({"B": np.zeros((3, 3, 256), np.uint8)}, r"B has shape \[3, 3, 256\], needed \[3, 3, 4, 64\]"),

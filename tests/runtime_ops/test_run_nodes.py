@@ -25,7 +25,7 @@ from msd_compiler.runtime_ops.matmul_integer_to_float.layout import LONGEST_GROU
 from msd_compiler.runtime_ops.matmul_integer_to_float.reference import matmul_integer_to_float
 from onnx.helper import np_dtype_to_tensor_dtype
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # of a reference, where a test asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value")  # of a reference
 
 ROOT = Path(__file__).parents[2]
 NO_SUCH_ISA = 3
@@ -169,18 +169,17 @@ def product(site: object, a: np.ndarray) -> Node:
 @pytest.mark.parametrize("rows", [*around(4), 8, 13])
 def test_rows_and_columns(check, helpers, rows):
     a = activation(rows, 40)
-    sites = (helpers.make_site(40, n, bits=bits, columns="group") for n in around(16) for bits in (2, 4, 8))
+    sites = (helpers.make_site(40, n, **coding, columns="group") for n in around(16) for coding in helpers.codings)
     check(product(site, a) for site in sites)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_k_and_groups(check, helpers, bits):
+def test_k_and_groups(check, helpers, coding):
     nodes = []
     for block in (1, 2, 3, 5, 7, 8, 9, 16, 24, 31, 32, 33, 64, 100, 128, 255, 256):
         for k in sorted({1, 3, *around(16), block - 1, block, block + 1, 2 * block + 3} - {0}):
             terms, per_row, columns = 1 + k % 3, k % 2 == 0, ("one", "column", "group")[(k + block) % 3]
             site = helpers.make_site(
-                k, 19, bits=bits, block_size=block, terms=terms, per_row=per_row, columns=columns, seed=k
+                k, 19, **coding, block_size=block, terms=terms, per_row=per_row, columns=columns, seed=k
             )
             nodes.append(product(site, activation(5 if per_row else 9, k)))
     check(nodes)
@@ -190,8 +189,8 @@ def test_k_and_groups(check, helpers, bits):
 def test_largest_sums(check, helpers, terms):
     """256 products of the largest codes: the edge of int32."""
     nodes = []
-    site = helpers.make_site(512, 17, block_size=256, terms=terms)
-    for code in (0, 127, 128, 255):
+    int8, e2m1 = (helpers.make_site(512, 17, **coding, block_size=256, terms=terms) for coding in helpers.codings[2:])
+    for site, code in ((int8, 0), (int8, 127), (int8, 128), (int8, 255), (e2m1, 0), (e2m1, 14)):
         for zero_point in (0, 255):
             codes = np.full_like(site.codes, code)
             extreme = site.but(
@@ -247,6 +246,17 @@ def test_guards(check, helpers, dtype):
             if dtype != np.float16:
                 a[7], a[8, :8], a[9, 0], a[10, 16:] = 2.0**-101, 1e-40, 1e38, 2.0**-100
             nodes.append(product(site, a))
+    check(nodes)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_mx_formats(check, helpers, mx_format, dtype):
+    nodes = []
+    for block_size in (1, 8, 9, 32, 100):
+        for k in sorted({1, block_size, 2 * block_size + 1, 75}):
+            coding = helpers.codings[k % 4]
+            site = helpers.make_site(k, 18, **coding, block_size=block_size, activation=mx_format, columns="group")
+            nodes += [product(site, helpers.uneven(13, k, dtype)), product(site, activation(1, k, dtype))]
     check(nodes)
 
 

@@ -24,17 +24,4 @@ static inline auto pick_real(Real type, const Run& run) {
   }
 }
 
-// Bits of a weight's codes.
-template <typename Run>
-static inline auto pick_bits(int bits, const Run& run) {
-  switch (bits) {
-    case 2:
-      return run(Constant<2>{});
-    case 4:
-      return run(Constant<4>{});
-    default:
-      return run(Constant<8>{});
-  }
-}
-
 }  // namespace msd

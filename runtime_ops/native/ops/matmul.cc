@@ -3,6 +3,7 @@
 // Everything is read at every call and nothing at creation: within an If or Loop body no input is known as a
 // constant when the kernel is created. Nothing in a tensor is trusted before its shape is checked.
 
+#include "../kernels/matmul/mx.h"
 #include "low_bit.h"
 
 namespace msd {
@@ -32,8 +33,21 @@ Plan read_plan(const Tensor& tensor) {
   Plan plan = reader.storage(matmul::kLongestGroup);
   plan.terms = static_cast<int>(reader.one_of(3, "terms", {1, 2, 3}, "1, 2 or 3"));
   plan.per_row = reader.one_of(4, "per_row", {0, 1}, "0 or 1") == 1;
-  reader.one_of(5, "codebook", {0}, "0");
-  reader.one_of(6, "activation", {0}, "0");
+  const int64_t codebook = reader.one_of(5, "codebook", {0, 1}, "0 or 1");
+  if (codebook != 0 && plan.bits != 4) {
+    throw Refused{"plan has codebook = 1 with " + std::to_string(plan.bits) + " bits, needed 4"};
+  }
+  plan.codebook = static_cast<matmul::Codebook>(codebook);
+  const int64_t activation = reader.one_of(6, "activation", {0, 1, 2, 3, 4, 5}, "0 to 5");
+  plan.activation = static_cast<matmul::ActivationFormat>(activation);
+  if (plan.activation == matmul::ActivationFormat::kInt8) return plan;
+  // Codes of 8 bits fit one plane; those of MXFP8 have 19.
+  const int terms = plan.activation == matmul::ActivationFormat::kMxfp8 ? 3 : 1;
+  const std::string with = "plan has activation = " + std::to_string(activation) + " with ";
+  if (plan.terms != terms) {
+    throw Refused{with + "terms = " + std::to_string(plan.terms) + ", needed " + std::to_string(terms)};
+  }
+  if (plan.per_row) throw Refused{with + "per_row = 1, needed 0"};
   return plan;
 }
 
@@ -65,11 +79,20 @@ void compute(const MatMulKernel& self, OrtKernelContext* context) {
 
   const matmul::Kernel& kernel = chosen(matmul::kVariants);
   const int64_t row_bytes = plan.k * (self.type == Real::kFloat ? 4 : 2);
-  char* scratch = thread_scratch(matmul::PanelLayout(plan, matmul::rows_of_panel(plan, rows)).bytes);
+  const int64_t panel_rows = matmul::rows_of_panel(plan, rows);
+  const int64_t panel_bytes = matmul::PanelLayout(plan, panel_rows).bytes;
+  const int64_t natural_bytes = panel_rows * matmul::natural_codes(plan) * int64_t{sizeof(int16_t)};
+  char* scratch = thread_scratch(panel_bytes + natural_bytes);
+  auto* natural = reinterpret_cast<int16_t*>(scratch + panel_bytes);
   matmul::multiply_rows(api, context, kernel, plan, weight, rows, {y, self.type, self.precision}, {}, scratch,
                         [&](const matmul::Panel& panel, int64_t row, int64_t first, int64_t last) {
                           const char* a_panel = static_cast<const char*>(a.data) + row * row_bytes;
-                          kernel.decompose(plan, a_panel, self.type, panel, first, last);
+                          if (natural_bytes == 0) {
+                            kernel.decompose(plan, a_panel, self.type, panel, first, last);
+                          } else {
+                            matmul::decompose_mx(plan, kernel.load_codes, a_panel, self.type, natural, panel, first,
+                                                 last);
+                          }
                         });
 }
 

@@ -98,9 +98,8 @@ struct Ones {
     row.rows = 1;
     row.codes = reinterpret_cast<int16_t*>(scratch + at + layout.codes);
     row.sums = reinterpret_cast<int32_t*>(scratch + at + layout.sums);
-    row.scales = reinterpret_cast<float*>(scratch + at + layout.scales);
     std::fill_n(scratch + values, plan.k, char{1});
-    kernel.load_codes(plan, {scratch + values, CodeType::kUint8, 0, 0.0f}, row, 0, 1);
+    kernel.load_codes(plan, {scratch + values, CodeType::kUint8, 0}, row, 0, 1);
     panel.ones = row.codes;
     panel.ones_sums = row.sums;
   }
@@ -140,7 +139,10 @@ void compute(const CodesKernel& self, OrtKernelContext* context) {
   matmul::multiply_rows(api, context, kernel, plan, weight, rows, {y, Real::kFloat, Real::kFloat},
                         panel, scratch, [&](const Panel& filled, int64_t row, int64_t first, int64_t last) {
                           const char* codes = static_cast<const char*>(a.data) + row * row_bytes;
-                          kernel.load_codes(plan, {codes, self.type, center, scale}, filled, first, last);
+                          kernel.load_codes(plan, {codes, self.type, center}, filled, first, last);
+                          for (int64_t g = 0; g < plan.groups; ++g) {
+                            std::fill_n(filled.scales + g * filled.rows + first, last - first, scale);
+                          }
                         });
 }
 

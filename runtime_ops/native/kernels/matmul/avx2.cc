@@ -159,7 +159,6 @@ void load_rows(const Plan& plan, const Codes& codes, const Panel& panel, int64_t
       }
       store_zeros(to, i, plan.stride);
       panel.sums[at] = sum_of_lanes(sum);
-      panel.scales[at] = codes.scale;
     }
   }
 }

@@ -18,21 +18,75 @@ constexpr int kFewRows = 2, kTilesOfFewRows = 4;  // more tiles, for sums of few
 template <int kRows>
 constexpr int kAhead = kRows == 1 ? 256 : 1024;  // bytes: how soon they are needed
 
-// A pair of k of 16 columns: number `pair` of a line's 16 / kBits. Pair 2u is the even bytes' code number u, pair
-// 2u + 1 the odd bytes'.
-template <int kBits>
+// Number u of every byte of a line, of codes that a table decodes.
+MSD_INLINE __m512i decoded(__m512i line, int u) {
+  const __m128i numbers = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kE2m1Numbers));
+  if (u != 0) line = _mm512_srli_epi16(line, 4);
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(numbers), _mm512_and_si512(line, _mm512_set1_epi8(15)));
+}
+
+// A pair of k of 16 columns: number `pair` of a line's pairs. Pair 2u is the even bytes' code number u, pair 2u + 1 the
+// odd bytes'.
+template <Coding kCoding>
 MSD_INLINE __m512i widened_pair(__m512i line, int pair) {
+  if constexpr (kCoding == Coding::kE2m1) return widened_pair<Coding::kInt8>(decoded(line, pair / 2), pair % 2);
+  constexpr int kBits = code_bits(kCoding);
   const int shift = pair % 2 * 8 + pair / 2 * kBits;
   if (shift != 0) line = _mm512_srli_epi16(line, shift);
   if (shift + kBits != 16) line = _mm512_and_si512(line, _mm512_set1_epi16((1 << kBits) - 1));
   return line;
 }
 
-// Adds the products w * Q of a group, w as stored, of kRows rows and kTiles tiles, whose lines lie `tile_step` apart.
-template <int kBits, int kRows, int kTiles>
+// A group's codes as bytes, code = 256 * high + low, both signed: of each quad four high ones, then four low ones, in
+// the order of k. Decomposed activations have such, for their codes end at 32258; given codes need not.
+MSD_INLINE void split_codes(const int16_t* codes, int64_t count, int8_t* to) {
+  const __m256i order =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(1, 5, 3, 7, 0, 4, 2, 6, 9, 13, 11, 15, 8, 12, 10, 14));
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+    const __m256i high = _mm256_add_epi16(low, _mm256_set1_epi16(128));
+    const __m256i bytes = _mm256_mask_blend_epi8(0xaaaaaaaau, low, high);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * i), _mm256_shuffle_epi8(bytes, order));
+  }
+}
+
+// `add_products` of one row and weights that a table decodes: bytes times bytes. The table's two operations of a line
+// are then paid by the four that would widen what it gives.
+template <int kTiles>
+MSD_INLINE void add_decoded_products(const uint8_t* lines, int64_t tile_step, int64_t count, const int16_t* codes,
+                                     int64_t stride, __m512i (&acc)[1][kTiles]) {
+  int8_t bytes[2 * kLongestGroup];
+  split_codes(codes, stride, bytes);
+  __m512i high[kTiles];
+  MSD_UNROLL for (int t = 0; t < kTiles; ++t) high[t] = _mm512_setzero_si512();
+  const int8_t* quad = bytes;
+  for (const uint8_t* end = lines + count * kLine; lines != end; lines += kLine) {
+    MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
+      _mm_prefetch(reinterpret_cast<const char*>(lines + t * tile_step + kAhead<1>), _MM_HINT_T0);
+    }
+    MSD_UNROLL for (int u = 0; u < 2; ++u, quad += 8) {
+      const __m512i q_high = broadcast_lane(quad), q_low = broadcast_lane(quad + 4);
+      MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
+        const __m512i w = decoded(_mm512_loadu_si512(lines + t * tile_step), u);
+        MSD_ADD_BYTE_PRODUCTS_TO(high[t], w, q_high);
+        MSD_ADD_BYTE_PRODUCTS_TO(acc[0][t], w, q_low);
+      }
+    }
+  }
+  MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
+    acc[0][t] = _mm512_add_epi32(acc[0][t], _mm512_slli_epi32(high[t], 8));
+  }
+}
+
+// Adds the products w * Q of a group, zero points not taken off, of kRows rows and kTiles tiles, whose lines lie
+// `tile_step` apart.
+template <Coding kCoding, int kRows, int kTiles>
 MSD_INLINE void add_products(const uint8_t* lines, int64_t tile_step, int64_t count, const int16_t* codes,
                              int64_t stride, __m512i (&acc)[kRows][kTiles]) {
-  constexpr int kPairs = 16 / kBits;
+  if constexpr (kCoding == Coding::kE2m1 && kRows == 1) {
+    return add_decoded_products(lines, tile_step, count, codes, stride, acc);
+  }
+  constexpr int kPairs = 16 / code_bits(kCoding);
   for (const uint8_t* end = lines + count * kLine; lines != end; lines += kLine, codes += 2 * kPairs) {
     __m512i line[kTiles];
     MSD_UNROLL for (int t = 0; t < kTiles; ++t) line[t] = _mm512_loadu_si512(lines + t * tile_step);
@@ -42,7 +96,7 @@ MSD_INLINE void add_products(const uint8_t* lines, int64_t tile_step, int64_t co
     }
     MSD_UNROLL for (int pair = 0; pair < kPairs; ++pair) {
       __m512i w[kTiles];
-      MSD_UNROLL for (int t = 0; t < kTiles; ++t) w[t] = widened_pair<kBits>(line[t], pair);
+      MSD_UNROLL for (int t = 0; t < kTiles; ++t) w[t] = widened_pair<kCoding>(line[t], pair);
       MSD_UNROLL for (int r = 0; r < kRows; ++r) {
         const __m512i q = broadcast_pair(codes + r * stride + 2 * pair);
         MSD_UNROLL for (int t = 0; t < kTiles; ++t) MSD_ADD_PRODUCTS_TO(acc[r][t], w[t], q);
@@ -70,16 +124,16 @@ MSD_INLINE __m512i zero_point_part(const Weight& weight, int64_t tile, int64_t g
 }
 
 // What the shift of given codes adds to C: that many times the sum of w - z.
-template <int kBits>
+template <Coding kCoding>
 MSD_INNER __m512i shift_part(const Plan& plan, const Weight& weight, const Panel& panel, const uint8_t* lines,
                              int64_t tile, int64_t g) {
   __m512i c[1][1] = {{zero_point_part(weight, tile, g, panel.ones_sums[g])}};
-  add_products<kBits, 1, 1>(lines, 0, plan.lines, panel.ones + g * plan.stride, plan.stride, c);
+  add_products<kCoding, 1, 1>(lines, 0, plan.lines, panel.ones + g * plan.stride, plan.stride, c);
   return _mm512_mullo_epi32(c[0][0], _mm512_set1_epi32(panel.shift));
 }
 
 // C of a group. In between it may exceed int32, in the end it does not: right modulo 2^32.
-template <int kBits, int kRows, int kTiles>
+template <Coding kCoding, int kRows, int kTiles>
 MSD_INLINE void group_sums(const Plan& plan, const Weight& weight, const Panel& panel, int64_t tile, int64_t g,
                            int64_t at, __m512i (&c)[kRows][kTiles]) {
   const int64_t tile_step = plan.groups * plan.lines * kLine;
@@ -87,10 +141,10 @@ MSD_INLINE void group_sums(const Plan& plan, const Weight& weight, const Panel& 
   MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
     MSD_UNROLL for (int r = 0; r < kRows; ++r) c[r][t] = zero_point_part(weight, tile + t, g, panel.sums[at + r]);
   }
-  add_products<kBits>(lines, tile_step, plan.lines, panel.codes + at * plan.stride, plan.stride, c);
+  add_products<kCoding>(lines, tile_step, plan.lines, panel.codes + at * plan.stride, plan.stride, c);
   if (panel.shift == 0) return;
   MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
-    const __m512i shifted = shift_part<kBits>(plan, weight, panel, lines + t * tile_step, tile + t, g);
+    const __m512i shifted = shift_part<kCoding>(plan, weight, panel, lines + t * tile_step, tile + t, g);
     MSD_UNROLL for (int r = 0; r < kRows; ++r) c[r][t] = _mm512_add_epi32(c[r][t], shifted);
   }
 }
@@ -120,7 +174,7 @@ struct TileColumns {
 };
 
 // Rows [row, row + kRows) of the panel and tiles [tile, tile + kTiles): sums in float.
-template <int kBits, int kRows, int kTiles>
+template <Coding kCoding, int kRows, int kTiles>
 MSD_INNER void multiply_block(const Plan& plan, const Weight& weight, const Panel& panel, int64_t row, int64_t tile,
                               const Output& output) {
   __m512 totals[kRows][kTiles];
@@ -130,7 +184,7 @@ MSD_INNER void multiply_block(const Plan& plan, const Weight& weight, const Pane
   for (int64_t g = 0; g < plan.groups; ++g) {
     const int64_t at = g * panel.rows + row;
     __m512i c[kRows][kTiles];
-    group_sums<kBits>(plan, weight, panel, tile, g, at, c);
+    group_sums<kCoding>(plan, weight, panel, tile, g, at, c);
     MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
       const __m512 scales = load_columns(weight.scales, tile + t, g);
       MSD_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -172,7 +226,7 @@ struct Doubles {
 };
 
 // The same of codes in two planes: sums in double.
-template <int kBits, int kRows>
+template <Coding kCoding, int kRows>
 MSD_INNER void multiply_planes(const Plan& plan, const Weight& weight, const Panel& panel, int64_t row, int64_t tile,
                                const Output& output) {
   Doubles totals[kRows];
@@ -181,8 +235,8 @@ MSD_INNER void multiply_planes(const Plan& plan, const Weight& weight, const Pan
   for (int64_t g = 0; g < plan.groups; ++g) {
     const int64_t at = g * panel.rows + row;
     __m512i high[kRows][1], low[kRows][1];
-    group_sums<kBits>(plan, weight, panel, tile, g, at, high);
-    group_sums<kBits>(plan, weight, panel, tile, g, plane + at, low);
+    group_sums<kCoding>(plan, weight, panel, tile, g, at, high);
+    group_sums<kCoding>(plan, weight, panel, tile, g, plane + at, low);
     const Doubles scales = Doubles::of(load_columns(weight.scales, tile, g));
     MSD_UNROLL for (int r = 0; r < kRows; ++r) {
       // Exact: below 2^53.
@@ -202,14 +256,14 @@ MSD_INNER void multiply_planes(const Plan& plan, const Weight& weight, const Pan
 }
 
 // The same of given codes with one scale per column: one exact sum, held in double.
-template <int kBits, int kRows>
+template <Coding kCoding, int kRows>
 MSD_INNER void multiply_one_sum(const Plan& plan, const Weight& weight, const Panel& panel, int64_t row, int64_t tile,
                                 const Output& output) {
   Doubles totals[kRows];
   MSD_UNROLL for (int r = 0; r < kRows; ++r) totals[r] = Doubles::of(0.0);
   for (int64_t g = 0; g < plan.groups; ++g) {
     __m512i c[kRows][1];
-    group_sums<kBits>(plan, weight, panel, tile, g, g * panel.rows + row, c);
+    group_sums<kCoding>(plan, weight, panel, tile, g, g * panel.rows + row, c);
     MSD_UNROLL for (int r = 0; r < kRows; ++r) totals[r] = totals[r] + Doubles::of(c[r][0]);
   }
   const TileColumns columns(weight, tile);
@@ -222,47 +276,47 @@ MSD_INNER void multiply_one_sum(const Plan& plan, const Weight& weight, const Pa
 }
 
 // All rows of the panel, kRows at a time; what is left over in halves.
-template <int kBits, int kRows, int kTiles>
+template <Coding kCoding, int kRows, int kTiles>
 void multiply_rows(const Plan& plan, const Weight& weight, const Panel& panel, int64_t row, int64_t tile,
                    const Output& output) {
   for (; row + kRows <= panel.rows; row += kRows) {
     if constexpr (kTiles > 1) {
-      multiply_block<kBits, kRows, kTiles>(plan, weight, panel, row, tile, output);
+      multiply_block<kCoding, kRows, kTiles>(plan, weight, panel, row, tile, output);
     } else if (plan.is_one_sum) {
-      multiply_one_sum<kBits, kRows>(plan, weight, panel, row, tile, output);
+      multiply_one_sum<kCoding, kRows>(plan, weight, panel, row, tile, output);
     } else if (plan.terms == 3) {
-      multiply_planes<kBits, kRows>(plan, weight, panel, row, tile, output);
+      multiply_planes<kCoding, kRows>(plan, weight, panel, row, tile, output);
     } else {
-      multiply_block<kBits, kRows, 1>(plan, weight, panel, row, tile, output);
+      multiply_block<kCoding, kRows, 1>(plan, weight, panel, row, tile, output);
     }
   }
   if constexpr (kRows > 1) {
-    if (row < panel.rows) multiply_rows<kBits, kRows / 2, kTiles>(plan, weight, panel, row, tile, output);
+    if (row < panel.rows) multiply_rows<kCoding, kRows / 2, kTiles>(plan, weight, panel, row, tile, output);
   }
 }
 
-template <int kBits>
-void multiply_bits(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
+template <Coding kCoding>
+void multiply_coding(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
                    const Output& output) {
   int64_t tile = first;
   if (plan.terms != 3 && !plan.is_one_sum) {
     if (panel.rows <= kFewRows) {
       for (; tile + kTilesOfFewRows <= last; tile += kTilesOfFewRows) {
-        multiply_rows<kBits, kFewRows, kTilesOfFewRows>(plan, weight, panel, 0, tile, output);
+        multiply_rows<kCoding, kFewRows, kTilesOfFewRows>(plan, weight, panel, 0, tile, output);
       }
     }
     for (; tile + kTilesAtOnce <= last; tile += kTilesAtOnce) {
-      multiply_rows<kBits, kRowsAtOnce, kTilesAtOnce>(plan, weight, panel, 0, tile, output);
+      multiply_rows<kCoding, kRowsAtOnce, kTilesAtOnce>(plan, weight, panel, 0, tile, output);
     }
   }
-  for (; tile < last; ++tile) multiply_rows<kBits, kRowsAtOnce, 1>(plan, weight, panel, 0, tile, output);
+  for (; tile < last; ++tile) multiply_rows<kCoding, kRowsAtOnce, 1>(plan, weight, panel, 0, tile, output);
 }
 
 }  // namespace
 
 void multiply_avx512vnni(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
                          const Output& output) {
-  pick_bits(plan.bits, [&](auto bits) { multiply_bits<bits()>(plan, weight, panel, first, last, output); });
+  pick_coding(plan, [&](auto coding) { multiply_coding<coding()>(plan, weight, panel, first, last, output); });
 }
 
 }  // namespace msd::matmul

@@ -5,6 +5,8 @@
 //   v = float(C) - offset[g, n] * float(R)     p = s_x[m, g] * s_w[g, n]
 //   C = sum over k in g of (w[k, n] - z[g, n]) * Q[m, k]     R = sum over k in g of Q[m, k]
 //
+// w are codes of the weight as stored, or the numbers that its codebook has for them (`Codebook`).
+//
 // Q are the codes of a decomposed activation, or given codes less their zero point: those need 17 bits, so they are kept
 // as int16 codes to which a shift, one number for all, is added; and where a column has one scale, the groups are one.
 //
@@ -36,10 +38,28 @@ constexpr int kTilesTogether = 4;   // kernels are fastest with so many at a tim
 constexpr uint32_t kInfinity = 0x7f800000u;
 constexpr uint32_t kSmallestPeak = 27u << 23;  // 2^-100: below it a group counts as zero
 
+// What a weight's codes stand for; numbers of the plan.
+enum class Codebook : int { kInteger = 0, kE2m1 = 1 };
+
+// Twice the values of E2M1 raised by 12, by code; the last code is not used.
+inline constexpr uint8_t kE2m1Numbers[16] = {0, 4, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 24, 24};
+
+// How a group of the activation becomes codes; numbers of the plan. INT8 terms: `Decompose`; the others: mx.h.
+enum class ActivationFormat : int {
+  kInt8 = 0,
+  kMxfp4E1m2Twice = 1,
+  kMxfp4E1m2 = 2,
+  kMxfp4E2m1Twice = 3,
+  kMxfp4E2m1 = 4,
+  kMxfp8 = 5,
+};
+
 struct Plan {
   int64_t k;
   int64_t groups;
   int bits;
+  Codebook codebook;
+  ActivationFormat activation;
   int block_size;
   int terms;
   bool per_row;
@@ -82,6 +102,26 @@ struct Panel {
   const int32_t* ones_sums;  // [groups]: K-steps of the group, as `sums` has them
 };
 
+// What kernels tell weights apart by: bits and codebook.
+enum class Coding { kInt2, kInt4, kInt8, kE2m1 };
+
+static constexpr int code_bits(Coding coding) {
+  return coding == Coding::kInt2 ? 2 : coding == Coding::kInt8 ? 8 : 4;
+}
+
+template <typename Run>
+static inline void pick_coding(const Plan& plan, const Run& run) {
+  if (plan.codebook == Codebook::kE2m1) return run(Constant<Coding::kE2m1>{});
+  switch (plan.bits) {
+    case 2:
+      return run(Constant<Coding::kInt2>{});
+    case 4:
+      return run(Constant<Coding::kInt4>{});
+    default:
+      return run(Constant<Coding::kInt8>{});
+  }
+}
+
 // Types that given codes have.
 enum class CodeType : int { kUint8 = 2, kInt8 = 3, kUint16 = 4, kInt16 = 5 };
 
@@ -90,7 +130,6 @@ struct Codes {
   const void* base;
   CodeType type;
   int32_t center;
-  float scale;
 };
 
 // `run` gets a code of that type.
@@ -111,7 +150,7 @@ static inline void pick_code(CodeType type, const Run& run) {
 // Writes rows [first, last) of the panel from `a`, row 0 of the panel, [rows, k] of type `type`.
 using Decompose = void (*)(const Plan& plan, const void* a, Real type, const Panel& panel, int64_t first, int64_t last);
 
-// The same from given codes, [rows, k]: one plane, every scale `codes.scale`.
+// The same from given codes, [rows, k]: codes and sums of one plane, no scales.
 using LoadCodes = void (*)(const Plan& plan, const Codes& codes, const Panel& panel, int64_t first, int64_t last);
 
 // Writes columns of tiles [first, last) for all rows of the panel.

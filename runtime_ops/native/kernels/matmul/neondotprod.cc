@@ -172,7 +172,6 @@ void load_rows(const Plan& plan, const Codes& codes, const Panel& panel, int64_t
       }
       digits.store_zeros_to(to + plan.stride);
       panel.sums[at] = digits.sums();
-      panel.scales[at] = codes.scale;
     }
   }
 }
@@ -194,10 +193,10 @@ struct Sums {
 };
 
 // Adds quad number kQuad of the codes times a tile's weights.
-template <int kBits, int kQuad, int kRows>
+template <bool kIsWide, int kQuad, int kRows>
 MSD_INLINE void add_quad(const uint8x16_t (&w)[kParts], const RowDigits (&q)[kRows], Sums (&sums)[kRows][kParts]) {
   MSD_UNROLL for (int i = 0; i < kParts; ++i) {
-    const uint8x16_t centered = kBits == 8 ? veorq_u8(w[i], vdupq_n_u8(128)) : w[i];
+    const uint8x16_t centered = kIsWide ? veorq_u8(w[i], vdupq_n_u8(128)) : w[i];
     MSD_UNROLL for (int r = 0; r < kRows; ++r) {
       sums[r][i].high = vdotq_laneq_s32(sums[r][i].high, vreinterpretq_s8_u8(centered), q[r].high, kQuad);
       sums[r][i].low = vdotq_laneq_u32(sums[r][i].low, w[i], q[r].low, kQuad);
@@ -206,35 +205,39 @@ MSD_INLINE void add_quad(const uint8x16_t (&w)[kParts], const RowDigits (&q)[kRo
 }
 
 // Adds the quads of a line from bit kShift of its bytes on; kQuad is the first one's number.
-template <int kBits, int kShift, int kQuad, int kRows>
+template <Coding kCoding, int kShift, int kQuad, int kRows>
 MSD_INLINE void add_line(const uint8x16_t (&line)[kParts], const RowDigits (&q)[kRows], Sums (&sums)[kRows][kParts]) {
+  constexpr int kBits = code_bits(kCoding);
   uint8x16_t w[kParts];
   MSD_UNROLL for (int i = 0; i < kParts; ++i) {
     w[i] = line[i];
     if constexpr (kShift != 0) w[i] = vshrq_n_u8(w[i], kShift);
     if constexpr (kShift + kBits < 8) w[i] = vandq_u8(w[i], vdupq_n_u8((1 << kBits) - 1));
+    if constexpr (kCoding == Coding::kE2m1) w[i] = vqtbl1q_u8(vld1q_u8(kE2m1Numbers), w[i]);
   }
-  add_quad<kBits, kQuad>(w, q, sums);
-  if constexpr (kShift + kBits < 8) add_line<kBits, kShift + kBits, kQuad + 1>(line, q, sums);
+  add_quad<kBits == 8, kQuad>(w, q, sums);
+  if constexpr (kShift + kBits < 8) add_line<kCoding, kShift + kBits, kQuad + 1>(line, q, sums);
 }
 
 // Adds up to `count` lines, as many as meet sixteen codes; kQuad as above.
-template <int kBits, int kQuad, int kRows>
+template <Coding kCoding, int kQuad, int kRows>
 MSD_INLINE void add_lines(const uint8_t* lines, int64_t count, const RowDigits (&q)[kRows],
                           Sums (&sums)[kRows][kParts]) {
-  constexpr int kNext = kQuad + 8 / kBits;
+  constexpr int kNext = kQuad + 8 / code_bits(kCoding);
   uint8x16_t line[kParts];
   MSD_UNROLL for (int i = 0; i < kParts; ++i) line[i] = vld1q_u8(lines + 16 * i);
-  add_line<kBits, 0, kQuad>(line, q, sums);
+  add_line<kCoding, 0, kQuad>(line, q, sums);
   if constexpr (kNext < 4) {
-    if (count > 1) add_lines<kBits, kNext>(lines + kLine, count - 1, q, sums);
+    if (count > 1) add_lines<kCoding, kNext>(lines + kLine, count - 1, q, sums);
   }
 }
 
-// Sums of w * Q over a group, w as stored, of kRows rows: to[r * kParts + i]. `code_sums`: of the rows' digits.
-template <int kBits, int kRows>
+// Sums of w * Q over a group, zero points not taken off, of kRows rows: to[r * kParts + i]. `code_sums`: of the rows'
+// digits.
+template <Coding kCoding, int kRows>
 MSD_INNER void products_of_lines(const uint8_t* lines, int64_t count, const int16_t* codes, int64_t stride,
                                  const int32_t* code_sums, int32x4_t* to) {
+  constexpr int kBits = code_bits(kCoding);
   constexpr int kLinesAtOnce = kCodes / (kQuad * (8 / kBits));
   Sums sums[kRows][kParts];
   MSD_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -247,7 +250,7 @@ MSD_INNER void products_of_lines(const uint8_t* lines, int64_t count, const int1
       const auto* digits = reinterpret_cast<const uint8_t*>(codes + r * stride);
       q[r] = {vreinterpretq_s8_u8(vld1q_u8(digits)), vld1q_u8(digits + kCodes)};
     }
-    add_lines<kBits, 0>(lines, count, q, sums);
+    add_lines<kCoding, 0>(lines, count, q, sums);
   }
   MSD_UNROLL for (int r = 0; r < kRows; ++r) {
     MSD_UNROLL for (int i = 0; i < kParts; ++i) {
@@ -282,9 +285,9 @@ void load_columns(const Columns<uint8_t>& columns, int64_t tile, int64_t group, 
 }
 
 // C of kRows rows. In between it may exceed int32, in the end it does not: right modulo 2^32.
-template <int kBits, int kRows>
+template <Coding kCoding, int kRows>
 void products(const Plan& plan, const Group& group, const int16_t* codes, const int32_t* sums, int32x4_t* to) {
-  products_of_lines<kBits, kRows>(group.lines, plan.lines, codes, plan.stride, sums, to);
+  products_of_lines<kCoding, kRows>(group.lines, plan.lines, codes, plan.stride, sums, to);
   for (int r = 0; r < kRows; ++r) {
     const int32x4_t sum = vdupq_n_s32(code_sum(sums[r]));
     for (int i = 0; i < kParts; ++i) to[r * kParts + i] = vmlsq_s32(to[r * kParts + i], group.zero_points[i], sum);
@@ -292,10 +295,10 @@ void products(const Plan& plan, const Group& group, const int16_t* codes, const 
 }
 
 // The shift's part of C and R, into the group.
-template <int kBits>
+template <Coding kCoding>
 void add_shift(const Plan& plan, const Panel& panel, int64_t g, Group& group) {
   int32x4_t column_sums[kParts];
-  products<kBits, 1>(plan, group, panel.ones + g * plan.stride, panel.ones_sums + g, column_sums);
+  products<kCoding, 1>(plan, group, panel.ones + g * plan.stride, panel.ones_sums + g, column_sums);
   for (int i = 0; i < kParts; ++i) group.shifts[i] = vmulq_n_s32(column_sums[i], panel.shift);
   group.code_shift = panel.shift * code_sum(panel.ones_sums[g]);
 }
@@ -320,11 +323,11 @@ struct Doubles {
 };
 
 // Adds a group to the totals of kRows rows. `at` numbers the first row's cell, group * rows + row.
-template <int kBits, int kRows>
+template <Coding kCoding, int kRows>
 void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const Group& group, int64_t at,
                float* totals) {
   int32x4_t c[kRows * kParts];
-  products<kBits, kRows>(plan, group, panel.codes + at * plan.stride, panel.sums + at, c);
+  products<kCoding, kRows>(plan, group, panel.codes + at * plan.stride, panel.sums + at, c);
   for (int r = 0; r < kRows; ++r) {
     const auto sum = static_cast<float>(code_sum(panel.sums[at + r]) + group.code_shift);
     for (int i = 0; i < kParts; ++i) {
@@ -338,11 +341,11 @@ void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const
 }
 
 // The same in double: for codes in two planes, and of one exact sum C alone.
-template <int kBits, int kRows>
+template <Coding kCoding, int kRows>
 void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const Group& group, int64_t at,
                double* totals) {
   int32x4_t high[kRows * kParts], low[kRows * kParts];
-  products<kBits, kRows>(plan, group, panel.codes + at * plan.stride, panel.sums + at, high);
+  products<kCoding, kRows>(plan, group, panel.codes + at * plan.stride, panel.sums + at, high);
   if (plan.is_one_sum) {
     for (int i = 0; i < kRows * kParts; ++i) {
       const Doubles sum = Doubles::of(vaddq_s32(high[i], group.shifts[i % kParts]));
@@ -352,7 +355,7 @@ void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const
   }
   const int64_t plane = plan.groups * panel.rows;
   const int32_t* low_sums = panel.sums + plane + at;
-  products<kBits, kRows>(plan, group, panel.codes + (plane + at) * plan.stride, low_sums, low);
+  products<kCoding, kRows>(plan, group, panel.codes + (plane + at) * plan.stride, low_sums, low);
   for (int r = 0; r < kRows; ++r) {
     const Doubles s_x = Doubles::of(panel.scales64[at + r]);
     const Doubles sum = Doubles::of(256.0 * code_sum(panel.sums[at + r]) + code_sum(low_sums[r]));
@@ -402,7 +405,7 @@ void store_tile(const float32x4_t (&y)[kParts], int64_t columns, const Output& o
 }
 
 // `Total` is the type that sums are held in.
-template <int kBits, typename Total>
+template <Coding kCoding, typename Total>
 void multiply_tiles(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
                     const Output& output) {
   alignas(64) Total totals[kMostRows * kTile];
@@ -416,13 +419,13 @@ void multiply_tiles(const Plan& plan, const Weight& weight, const Panel& panel, 
       load_columns(weight.offsets, tile, g, group.offsets);
       for (int i = 0; i < kParts; ++i) group.shifts[i] = vdupq_n_s32(0);
       group.code_shift = 0;
-      if (panel.shift != 0) add_shift<kBits>(plan, panel, g, group);
+      if (panel.shift != 0) add_shift<kCoding>(plan, panel, g, group);
       const int64_t cell = g * panel.rows;
       int64_t row = 0;
       for (; row + 2 <= panel.rows; row += 2) {
-        add_group<kBits, 2>(plan, weight, panel, group, cell + row, totals + row * kTile);
+        add_group<kCoding, 2>(plan, weight, panel, group, cell + row, totals + row * kTile);
       }
-      if (row < panel.rows) add_group<kBits, 1>(plan, weight, panel, group, cell + row, totals + row * kTile);
+      if (row < panel.rows) add_group<kCoding, 1>(plan, weight, panel, group, cell + row, totals + row * kTile);
     }
 
     const int64_t column = tile * kTile, left = weight.n - column, columns = left < kTile ? left : kTile;
@@ -446,13 +449,13 @@ void multiply_tiles(const Plan& plan, const Weight& weight, const Panel& panel, 
   }
 }
 
-template <int kBits>
-void multiply_bits(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
+template <Coding kCoding>
+void multiply_coding(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
                    const Output& output) {
   if (plan.terms == 3 || plan.is_one_sum) {
-    multiply_tiles<kBits, double>(plan, weight, panel, first, last, output);
+    multiply_tiles<kCoding, double>(plan, weight, panel, first, last, output);
   } else {
-    multiply_tiles<kBits, float>(plan, weight, panel, first, last, output);
+    multiply_tiles<kCoding, float>(plan, weight, panel, first, last, output);
   }
 }
 
@@ -469,7 +472,7 @@ void load_codes_neondotprod(const Plan& plan, const Codes& codes, const Panel& p
 
 void multiply_neondotprod(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
                           const Output& output) {
-  pick_bits(plan.bits, [&](auto bits) { multiply_bits<bits()>(plan, weight, panel, first, last, output); });
+  pick_coding(plan, [&](auto coding) { multiply_coding<coding()>(plan, weight, panel, first, last, output); });
 }
 
 }  // namespace msd::matmul

@@ -25,10 +25,22 @@ template <int kTiles>
 constexpr int kAhead = kTiles == 1 ? 4096 : 256;
 constexpr int64_t kFewRows = 8;  // up to here widening the weight for every four rows costs less than a buffer
 
-// A pair of k of 16 columns, [columns 0..7 | 8..15]: number `pair` of a line's 16 / kBits, in the order that the codes
-// have. Pair 2u is the even bytes' code number u, pair 2u + 1 the odd bytes'.
-template <int kBits>
+// Number u of every byte of half a line, of codes that a table decodes.
+inline __m256i decoded(__m256i bytes, int u) {
+  const __m128i numbers = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kE2m1Numbers));
+  if (u != 0) bytes = _mm256_srli_epi16(bytes, 4);
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(numbers), _mm256_and_si256(bytes, _mm256_set1_epi8(15)));
+}
+
+// A pair of k of 16 columns, [columns 0..7 | 8..15]: number `pair` of a line's pairs, in the order that the codes have.
+// Pair 2u is the even bytes' code number u, pair 2u + 1 the odd bytes'.
+template <Coding kCoding>
 inline void widen_pair(const __m256i (&line)[2], int pair, __m256i (&w)[2]) {
+  if constexpr (kCoding == Coding::kE2m1) {
+    const __m256i numbers[2] = {decoded(line[0], pair / 2), decoded(line[1], pair / 2)};
+    return widen_pair<Coding::kInt8>(numbers, pair % 2, w);
+  }
+  constexpr int kBits = code_bits(kCoding);
   const __m256i mask = _mm256_set1_epi16((1 << kBits) - 1);
   const int shift = pair % 2 * 8 + pair / 2 * kBits;
   MSD_UNROLL for (int half = 0; half < 2; ++half) {
@@ -42,11 +54,12 @@ inline void load_line(const uint8_t* line, __m256i (&bytes)[2]) {
   bytes[1] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + 1);
 }
 
-// Adds the products w * Q of a group, w as stored, of kRows rows and kTiles tiles, whose lines lie `tile_step` apart.
-template <int kBits, int kRows, int kTiles>
+// Adds the products w * Q of a group, zero points not taken off, of kRows rows and kTiles tiles, whose lines lie
+// `tile_step` apart.
+template <Coding kCoding, int kRows, int kTiles>
 MSD_INLINE void add_products_of_lines(const uint8_t* lines, int64_t tile_step, int64_t count, const int16_t* codes,
                                       int64_t stride, __m256i (&acc)[kTiles][kRows][2]) {
-  constexpr int kPairs = 16 / kBits;
+  constexpr int kPairs = 16 / code_bits(kCoding);
   for (const uint8_t* end = lines + count * kLine; lines != end; lines += kLine, codes += 2 * kPairs) {
     MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
       __m256i line[2];
@@ -54,7 +67,7 @@ MSD_INLINE void add_products_of_lines(const uint8_t* lines, int64_t tile_step, i
       _mm_prefetch(reinterpret_cast<const char*>(lines + t * tile_step + kAhead<kTiles>), _MM_HINT_T0);
       MSD_UNROLL for (int pair = 0; pair < kPairs; ++pair) {
         __m256i w[2];
-        widen_pair<kBits>(line, pair, w);
+        widen_pair<kCoding>(line, pair, w);
         MSD_UNROLL for (int r = 0; r < kRows; ++r) {
           const __m256i q = broadcast_pair(codes + r * stride + 2 * pair);
           if constexpr (kRows == 1) {  // one row's sums would wait for each other where products and sum are one step
@@ -96,7 +109,7 @@ MSD_INLINE void set_zero_point_part(const __m256i (&zero_points)[2], int32_t cod
   for (int half = 0; half < 2; ++half) acc[half] = _mm256_mullo_epi32(zero_points[half], negative);
 }
 
-template <int kBits, int kRows>
+template <Coding kCoding, int kRows>
 MSD_INNER void products_of_lines(const uint8_t* lines, int64_t count, const int16_t* codes, int64_t stride,
                                  __m256i (&to)[kRows][2]) {
   __m256i acc[1][kRows][2];
@@ -104,7 +117,7 @@ MSD_INNER void products_of_lines(const uint8_t* lines, int64_t count, const int1
     acc[0][r][0] = to[r][0];
     acc[0][r][1] = to[r][1];
   }
-  add_products_of_lines<kBits>(lines, 0, count, codes, stride, acc);
+  add_products_of_lines<kCoding>(lines, 0, count, codes, stride, acc);
   MSD_UNROLL for (int r = 0; r < kRows; ++r) {
     to[r][0] = acc[0][r][0];
     to[r][1] = acc[0][r][1];
@@ -132,9 +145,9 @@ __m256i load_columns(const Columns<uint8_t>& columns, int64_t tile, int64_t grou
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
 }
 
-template <int kBits>
+template <Coding kCoding>
 void widen_group(const Plan& plan, const Group& group, __m256i* to) {
-  constexpr int kPairs = 16 / kBits;
+  constexpr int kPairs = 16 / code_bits(kCoding);
   __m256i zero_pairs[2];
   for (int half = 0; half < 2; ++half) {
     zero_pairs[half] = _mm256_or_si256(group.zero_points[half], _mm256_slli_epi32(group.zero_points[half], 16));
@@ -144,7 +157,7 @@ void widen_group(const Plan& plan, const Group& group, __m256i* to) {
     load_line(group.lines + i * kLine, line);
     MSD_UNROLL for (int pair = 0; pair < kPairs; ++pair) {
       __m256i w[2];
-      widen_pair<kBits>(line, pair, w);
+      widen_pair<kCoding>(line, pair, w);
       _mm256_store_si256(to + 2 * pair, _mm256_sub_epi16(w[0], zero_pairs[0]));
       _mm256_store_si256(to + 2 * pair + 1, _mm256_sub_epi16(w[1], zero_pairs[1]));
     }
@@ -152,7 +165,7 @@ void widen_group(const Plan& plan, const Group& group, __m256i* to) {
 }
 
 // C of kRows rows: from `widened` weights, or from the lines if it is null.
-template <int kBits, int kRows>
+template <Coding kCoding, int kRows>
 void products(const Plan& plan, const Group& group, const __m256i* widened, const int16_t* codes, const int32_t* sums,
               __m256i (&c)[kRows][2]) {
   if (widened != nullptr) {
@@ -160,16 +173,16 @@ void products(const Plan& plan, const Group& group, const __m256i* widened, cons
     products_of_widened(widened, pairs, codes, plan.stride, c);
   } else {
     for (int r = 0; r < kRows; ++r) set_zero_point_part(group.zero_points, sums[r], c[r]);
-    products_of_lines<kBits>(group.lines, plan.lines, codes, plan.stride, c);
+    products_of_lines<kCoding>(group.lines, plan.lines, codes, plan.stride, c);
   }
 }
 
 // Adds a group to the totals of kRows rows. `at` numbers the first row's cell, group * rows + row.
-template <int kBits, int kRows>
+template <Coding kCoding, int kRows>
 void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const Group& group, const __m256i* widened,
                int64_t at, float* totals) {
   __m256i c[kRows][2];
-  products<kBits>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, c);
+  products<kCoding>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, c);
   for (int r = 0; r < kRows; ++r) {
     const __m256 s_x = _mm256_set1_ps(panel.scales[at + r]);
     for (int half = 0; half < 2; ++half) {
@@ -186,10 +199,10 @@ void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const
 }
 
 // The shift's part of C and R, into the group.
-template <int kBits>
+template <Coding kCoding>
 void add_shift(const Plan& plan, const Panel& panel, int64_t g, const __m256i* widened, Group& group) {
   __m256i column_sums[1][2];
-  products<kBits>(plan, group, widened, panel.ones + g * plan.stride, panel.ones_sums + g, column_sums);
+  products<kCoding>(plan, group, widened, panel.ones + g * plan.stride, panel.ones_sums + g, column_sums);
   for (int half = 0; half < 2; ++half) {
     // Like C itself it may exceed int32 where the sum of both does not: right modulo 2^32.
     group.shifts[half] = _mm256_mullo_epi32(column_sums[0][half], _mm256_set1_epi32(panel.shift));
@@ -198,11 +211,11 @@ void add_shift(const Plan& plan, const Panel& panel, int64_t g, const __m256i* w
 }
 
 // C alone, for one exact sum.
-template <int kBits, int kRows>
+template <Coding kCoding, int kRows>
 void add_exactly(const Plan& plan, const Panel& panel, const Group& group, const __m256i* widened, int64_t at,
                  double* totals) {
   __m256i c[kRows][2];
-  products<kBits>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, c);
+  products<kCoding>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, c);
   for (int r = 0; r < kRows; ++r) {
     for (int half = 0; half < 2; ++half) {
       const __m256i sum = _mm256_add_epi32(c[r][half], group.shifts[half]);
@@ -216,14 +229,14 @@ void add_exactly(const Plan& plan, const Panel& panel, const Group& group, const
 }
 
 // The same in double, for codes in two planes.
-template <int kBits, int kRows>
+template <Coding kCoding, int kRows>
 void add_group(const Plan& plan, const Weight& weight, const Panel& panel, const Group& group, const __m256i* widened,
                int64_t at, double* totals) {
-  if (plan.is_one_sum) return add_exactly<kBits, kRows>(plan, panel, group, widened, at, totals);
+  if (plan.is_one_sum) return add_exactly<kCoding, kRows>(plan, panel, group, widened, at, totals);
   const int64_t plane = plan.groups * panel.rows;
   __m256i high[kRows][2], low[kRows][2];
-  products<kBits>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, high);
-  products<kBits>(plan, group, widened, panel.codes + (plane + at) * plan.stride, panel.sums + plane + at, low);
+  products<kCoding>(plan, group, widened, panel.codes + at * plan.stride, panel.sums + at, high);
+  products<kCoding>(plan, group, widened, panel.codes + (plane + at) * plan.stride, panel.sums + plane + at, low);
   const __m256d base = _mm256_set1_pd(256);
   for (int r = 0; r < kRows; ++r) {
     const __m256d s_x = _mm256_set1_pd(panel.scales64[at + r]);
@@ -302,7 +315,7 @@ struct TileColumns {
 };
 
 // `Total` is the type that sums are held in.
-template <int kBits, typename Total>
+template <Coding kCoding, typename Total>
 void multiply_tiles(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
                     const Output& output) {
   alignas(32) Total totals[kMostRows * kTile];
@@ -321,23 +334,23 @@ void multiply_tiles(const Plan& plan, const Weight& weight, const Panel& panel, 
         group.shifts[half] = _mm256_setzero_si256();
       }
       group.code_shift = 0;
-      if (is_buffered) widen_group<kBits>(plan, group, buffer);
+      if (is_buffered) widen_group<kCoding>(plan, group, buffer);
       const __m256i* widened = is_buffered ? buffer : nullptr;
-      if (panel.shift != 0) add_shift<kBits>(plan, panel, g, widened, group);
+      if (panel.shift != 0) add_shift<kCoding>(plan, panel, g, widened, group);
       const int64_t cell = g * panel.rows;
       int64_t row = 0;
       for (; row + kRowsAtOnce <= panel.rows; row += kRowsAtOnce) {
-        add_group<kBits, 4>(plan, weight, panel, group, widened, cell + row, totals + row * kTile);
+        add_group<kCoding, 4>(plan, weight, panel, group, widened, cell + row, totals + row * kTile);
       }
       switch (panel.rows - row) {
         case 3:
-          add_group<kBits, 3>(plan, weight, panel, group, widened, cell + row, totals + row * kTile);
+          add_group<kCoding, 3>(plan, weight, panel, group, widened, cell + row, totals + row * kTile);
           break;
         case 2:
-          add_group<kBits, 2>(plan, weight, panel, group, widened, cell + row, totals + row * kTile);
+          add_group<kCoding, 2>(plan, weight, panel, group, widened, cell + row, totals + row * kTile);
           break;
         case 1:
-          add_group<kBits, 1>(plan, weight, panel, group, widened, cell + row, totals + row * kTile);
+          add_group<kCoding, 1>(plan, weight, panel, group, widened, cell + row, totals + row * kTile);
           break;
         default:
           break;
@@ -362,7 +375,7 @@ void multiply_tiles(const Plan& plan, const Weight& weight, const Panel& panel, 
 }
 
 // Rows [row, row + kRows) of the panel and tiles [tile, tile + kTiles): weights widened on the fly, sums in registers.
-template <int kBits, int kRows, int kTiles>
+template <Coding kCoding, int kRows, int kTiles>
 MSD_INNER void multiply_few(const Plan& plan, const Weight& weight, const Panel& panel, int64_t row, int64_t tile,
                             const Output& output) {
   __m256 totals[kTiles][kRows][2];
@@ -379,7 +392,7 @@ MSD_INNER void multiply_few(const Plan& plan, const Weight& weight, const Panel&
                                       load_columns(weight.zero_points, tile + t, g, 1)};
       MSD_UNROLL for (int r = 0; r < kRows; ++r) set_zero_point_part(zero_points, panel.sums[at + r], c[t][r]);
     }
-    add_products_of_lines<kBits>(lines, tile_step, plan.lines, panel.codes + at * plan.stride, plan.stride, c);
+    add_products_of_lines<kCoding>(lines, tile_step, plan.lines, panel.codes + at * plan.stride, plan.stride, c);
     MSD_UNROLL for (int t = 0; t < kTiles; ++t) {
       MSD_UNROLL for (int half = 0; half < 2; ++half) {
         const __m256 scales = load_columns(weight.scales, tile + t, g, half);
@@ -406,38 +419,38 @@ MSD_INNER void multiply_few(const Plan& plan, const Weight& weight, const Panel&
 }
 
 // All rows of the panel, kRows at a time; what is left over in halves.
-template <int kBits, int kRows, int kTiles>
+template <Coding kCoding, int kRows, int kTiles>
 void multiply_few_rows(const Plan& plan, const Weight& weight, const Panel& panel, int64_t row, int64_t tile,
                        const Output& output) {
   for (; row + kRows <= panel.rows; row += kRows) {
-    multiply_few<kBits, kRows, kTiles>(plan, weight, panel, row, tile, output);
+    multiply_few<kCoding, kRows, kTiles>(plan, weight, panel, row, tile, output);
   }
   if constexpr (kRows > 1) {
-    if (row < panel.rows) multiply_few_rows<kBits, kRows / 2, kTiles>(plan, weight, panel, row, tile, output);
+    if (row < panel.rows) multiply_few_rows<kCoding, kRows / 2, kTiles>(plan, weight, panel, row, tile, output);
   }
 }
 
-template <int kBits>
-void multiply_bits(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
+template <Coding kCoding>
+void multiply_coding(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
                    const Output& output) {
   if (plan.terms == 3 || plan.is_one_sum) {
-    multiply_tiles<kBits, double>(plan, weight, panel, first, last, output);
+    multiply_tiles<kCoding, double>(plan, weight, panel, first, last, output);
   } else if (panel.rows <= kFewRows && panel.shift == 0) {
     int64_t tile = first;
     if (panel.rows == 1) {
       for (; tile + kTilesOfOneRow <= last; tile += kTilesOfOneRow) {
-        multiply_few<kBits, 1, kTilesOfOneRow>(plan, weight, panel, 0, tile, output);
+        multiply_few<kCoding, 1, kTilesOfOneRow>(plan, weight, panel, 0, tile, output);
       }
     }
-    for (; tile < last; ++tile) multiply_few_rows<kBits, kRowsAtOnce, 1>(plan, weight, panel, 0, tile, output);
+    for (; tile < last; ++tile) multiply_few_rows<kCoding, kRowsAtOnce, 1>(plan, weight, panel, 0, tile, output);
   } else {
-    multiply_tiles<kBits, float>(plan, weight, panel, first, last, output);
+    multiply_tiles<kCoding, float>(plan, weight, panel, first, last, output);
   }
 }
 
 void multiply_256(const Plan& plan, const Weight& weight, const Panel& panel, int64_t first, int64_t last,
                   const Output& output) {
-  pick_bits(plan.bits, [&](auto bits) { multiply_bits<bits()>(plan, weight, panel, first, last, output); });
+  pick_coding(plan, [&](auto coding) { multiply_coding<coding()>(plan, weight, panel, first, last, output); });
 }
 
 }  // namespace

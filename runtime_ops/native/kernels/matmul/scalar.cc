@@ -76,7 +76,6 @@ void load_rows(const Plan& plan, const Codes& codes, const Panel& panel, int64_t
         sum += to[i];
       }
       panel.sums[at] = sum;
-      panel.scales[at] = codes.scale;
     }
   }
 }
@@ -86,7 +85,7 @@ T column(const Columns<T>& columns, int64_t tile, int64_t group, int c) {
   return columns.single ? columns.base[0] : columns.base[tile * columns.per_tile + group * columns.per_group + c];
 }
 
-// The codes of a tile's group as w[k][c], as stored.
+// The numbers of a tile's group as w[k][c].
 void unpack_group(const Plan& plan, const uint8_t* lines, int16_t (&w)[kLongestGroup][kTile]) {
   const int per_byte = 8 / plan.bits, mask = (1 << plan.bits) - 1;
   for (int line = 0; line < plan.lines; ++line, lines += kLine) {
@@ -94,7 +93,8 @@ void unpack_group(const Plan& plan, const uint8_t* lines, int16_t (&w)[kLongestG
       int16_t(*const quad)[kTile] = w + (line * per_byte + u) * kQuad;
       for (int c = 0; c < kTile; ++c) {
         for (int i = 0; i < kQuad; ++i) {
-          quad[i][c] = static_cast<int16_t>((lines[kQuad * c + i] >> (u * plan.bits)) & mask);
+          const int code = (lines[kQuad * c + i] >> (u * plan.bits)) & mask;
+          quad[i][c] = static_cast<int16_t>(plan.codebook == Codebook::kE2m1 ? kE2m1Numbers[code] : code);
         }
       }
     }
