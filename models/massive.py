@@ -123,8 +123,14 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
 
 
 def quantized(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
-    """A float model with its weights rounded by onnxruntime's quantizer, in blocks of 32, at accuracy level 4."""
-    rounded, _ = quantize(Source(model, Path()), Quantization(bits))
+    """A float model with its weights rounded by onnxruntime's quantizer, in blocks of 32, at accuracy level 4.
+
+    Raises:
+        ModelError: it has no linear layers with float weights.
+    """
+    rounded, done = quantize(Source(model, Path()), Quantization(bits))
+    if not done:
+        raise ModelError("the model has no linear layers with float weights that can be rounded")
     result = onnx.ModelProto()
     result.CopyFrom(rounded.proto)
     for node in result.graph.node:

@@ -29,7 +29,7 @@ from .errors import OptionError
 from .facts import QuantizedLinear
 from .linked import Linked, Scope
 from .reader import Site
-from .runtime_ops.matmul.mx import ActivationFormat
+from .runtime_ops.matmul.layout import ActivationFormat
 
 DEFAULT_TERMS = 2
 """16 bits of the activation."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..runtime_ops.matmul.mx import ActivationFormat
+from ..runtime_ops.matmul.layout import ActivationFormat
 from . import error as law
 from .accelerator import dequantized_attention, dequantized_linear, msd_attention, msd_fp4_linear, msd_linear
 from .cpu import cpu_attention, cpu_linear

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
-from ..runtime_ops.matmul.mx import ActivationFormat
+from ..runtime_ops.matmul.layout import ActivationFormat
 from ..runtime_ops.matmul.reference import LIMITS
 
 OUTLIER = 30.0

@@ -15,7 +15,7 @@ from msd_compiler.runtime import session
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "models/tiny_llama.py"
-PACKAGED = ROOT / "msd_compiler/data/tiny_llama.onnx"
+PACKAGED = ROOT / "models/tiny_llama.onnx"
 
 
 def _load_recipe():

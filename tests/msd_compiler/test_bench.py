@@ -7,13 +7,13 @@ import errno
 import io
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from msd_compiler.models import TINY_LLAMA
 from rich.console import Console
 from support import model, nbits_weight
 
@@ -50,7 +50,6 @@ from msd_compiler.bench.timing import LEAST_RUNS, Time, in_turns
 from msd_compiler.doctor import isa_names
 from msd_compiler.runtime import RuntimeRefused, library_path, runtime_version, session
 
-TINY_LLAMA = Path(str(files("msd_compiler") / "data" / "tiny_llama.onnx"))
 GRAPH = """(float[M, 64] x) => (float[M, 48] y) {
     y = com.microsoft.MatMulNBits <K = 64, N = 48, bits = 4, block_size = 32, accuracy_level = 4> (x, b, s)
 }"""

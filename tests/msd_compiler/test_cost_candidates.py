@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from msd_compiler.runtime_ops.matmul.layout import ActivationFormat
 
 from msd_compiler.cost import error as law
 from msd_compiler.cost.candidates import (
@@ -19,7 +20,6 @@ from msd_compiler.cost.candidates import (
 from msd_compiler.cost.profile import Profile, Way, load_target
 from msd_compiler.cost.work import AttentionWork, LinearWork
 from msd_compiler.cost.workload import parse_workload
-from msd_compiler.runtime_ops.matmul.mx import ActivationFormat
 
 INT4 = LinearWork(4096, 4096, 4, 32)
 INT8 = LinearWork(4096, 4096, 8, 128, per_channel=True)

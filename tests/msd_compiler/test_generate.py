@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from importlib.resources import files
 from pathlib import Path
 
 import ml_dtypes
@@ -13,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from msd_compiler.models import TINY_LLAMA
 from support import model
 
 import msd_compiler
@@ -21,7 +21,6 @@ from msd_compiler.runtime import RuntimeRefused, session
 
 COMMITTED = Path(__file__).parents[1] / "data/exported"
 SHARED = Path(__file__).parents[3] / "shared/models"
-TINY_LLAMA = Path(str(files("msd_compiler") / "data" / "tiny_llama.onnx"))
 GENAI = COMMITTED / "qwen2_genai_q8_nbits_b32.onnx"
 
 CLOSE = 1e-4

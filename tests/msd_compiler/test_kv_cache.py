@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import resource
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from msd_compiler.models import TINY_LLAMA
 from onnx import TensorProto, numpy_helper
 from support import model
 
@@ -18,7 +18,6 @@ from msd_compiler.compare import relative_l2
 from msd_compiler.facts import ReasonCode
 from msd_compiler.runtime import RuntimeRefused, session
 
-TINY_LLAMA = Path(str(files("msd_compiler") / "data" / "tiny_llama.onnx"))
 GENAI = Path(__file__).parents[1] / "data" / "exported" / "qwen2_genai_q8_nbits_b32.onnx"
 LAYERS, KV_HEADS, SIZE = 4, 2, 32
 PROMPT = np.array([[1, 5, 9, 2, 7, 30, 12, 4]])
