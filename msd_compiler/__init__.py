@@ -12,7 +12,7 @@ from .errors import ModelError, MsdError, OptionError, OutputError
 from .generate import Decoder, Generated, generate
 from .inputs import Feed
 from .kv_cache import KvCache
-from .quantize import Quantization
+from .quantize import Float4Quantization, Quantization
 from .report import Report
 from .runtime import library_path, register, session
 
@@ -20,6 +20,7 @@ __all__ = [
     "Compiled",
     "Decoder",
     "Feed",
+    "Float4Quantization",
     "Generated",
     "KvCache",
     "ModelError",

@@ -24,17 +24,19 @@ from .genai import FolderOutput, GenaiFolder, default_folder, is_genai, merged_r
 from .inputs import Feed, NoInputs
 from .kv_cache import KvCache, store_caches_as_codes
 from .passes.lower_attention import keep_shapes, lower_attention, plan_of_cache
-from .passes.lower_linear import lower_linear
+from .passes.lower_linear import lower_linear, plan_of
 from .passes.lower_to_float import lower_to_float
 from .pricing import Target
-from .quantize import Quantization
-from .report import METADATA_KEY, Outcome, Report, SiteRow, Verification, embedded_report, summarize
+from .quantize import WeightRounding
+from .report import METADATA_KEY, Method, Outcome, Report, SiteRow, Verification, embedded_report, summarize
 from .runtime import SAY_NOTHING, RuntimeRefused, TimedOut, open_model, session
 from .runtime import run as run_session
+from .runtime_constants import bytes_with_float_constants, with_int8_constants
 from .runtime_ops.attention import schema as attention_schema
 from .runtime_ops.attention.body import attention_body
 from .runtime_ops.matmul import schema as matmul_schema
 from .runtime_ops.matmul.body import matmul_body
+from .runtime_ops.matmul.layout import ActivationFormat, Codebook, Plan
 from .runtime_ops.matmul.reference import LIMITS
 from .runtime_ops.matmul_integer_to_float import schema as integer_schema
 from .runtime_ops.matmul_integer_to_float.body import matmul_integer_to_float_body
@@ -83,7 +85,7 @@ def inspect(
     model: ModelLike,
     *,
     terms: int | None = None,
-    quantization: Quantization | None = None,
+    quantization: WeightRounding | None = None,
     activations: Literal["keep", "upgrade"] = "keep",
     kv_cache: KvCache | None = None,
     target: str | None = None,
@@ -113,7 +115,7 @@ def compile(
     output: str | os.PathLike[str] | None = None,
     *,
     terms: int | None = None,
-    quantization: Quantization | None = None,
+    quantization: WeightRounding | None = None,
     activations: Literal["keep", "upgrade"] = "keep",
     kv_cache: KvCache | None = None,
     target: str | None = None,
@@ -124,6 +126,7 @@ def compile(
     verify: bool = True,
     verify_seconds: float = DEFAULT_VERIFY_SECONDS,
     tolerance: float = DEFAULT_TOLERANCE,
+    measure: bool = False,
     progress: Progress = silent,
 ) -> Compiled:
     """Rewrite the quantized linear layers of a model to multiply the weight's codes directly, and prove the result right.
@@ -135,8 +138,9 @@ def compile(
             file for the one model in it.
         terms: INT8 terms of the activation: 1 (8 bits), 2 (16 bits) or 3 (24 bits). None: 2, but 3 for layers whose
             result the model itself rounds to integers further on (an int8 cache).
-        quantization: how to round the weights of layers that are float, by onnxruntime's own quantizer; None: they stay
-            float. The oracle is then the rounded model; how far that is from the float one the report says beside it.
+        quantization: how to round the weights of layers that are float: a `Quantization`, by onnxruntime's own quantizer, or a
+            `Float4Quantization`; None: they stay float. The oracle is then the rounded model; how far that is from the float one
+            the report says beside it.
         activations: what becomes of activations that the model itself rounds to 8 or 16 bits. ``keep``: their codes are
             multiplied exactly, for that rounding is part of what the model means. ``upgrade``: it is left out, and the
             oracle is the model without it; how far that is from the model with it the report says beside it.
@@ -146,12 +150,14 @@ def compile(
             shipped one of the instruction set that the native library uses here.
         workload: phases and their sizes, ``decode=0.8@batch1,context4096;prefill=0.2@512``, or a file with such.
         budget: largest relative L2 error per layer, as predicted; None: 1e-4, on an accelerator 2e-3, what its bf16 keeps.
-        overrides: ``GLOB=keep|float|1|2|3`` of node names; the first that matches a layer counts.
+        overrides: ``GLOB=WHAT`` of node names, WHAT being one of `Override`: ``keep``, ``float``, ``1``, ``2``, ``3``, ``mxfp4x2``
+            ...; the first that matches a layer counts.
         samples: inputs on which the activations are looked at, for the prediction of errors; None: they are taken to be
             Gaussian with one channel 30 times as large as the rest.
         verify: compare the result with the oracle.
         verify_seconds: time for that; what takes longer, or has more than 1 GB of weights, is verified layer by layer.
         tolerance: largest relative L2 distance of any output from the oracle.
+        measure: also time every layer, before and after, for the report, where the whole model is verified: some seconds.
         progress: told what is being done.
 
     Raises:
@@ -168,12 +174,13 @@ def compile(
         options |= {"kv_cache": kv_cache, "target": target, "workload": workload, "budget": budget}
         options |= {"overrides": overrides, "samples": samples}
         options |= {"verify": verify, "verify_seconds": verify_seconds, "tolerance": tolerance}
+        options |= {"measure": measure}
         return _compile_folder(Path(model), Path(output), options | {"progress": progress})
     priced = Target(target, workload, budget, samples)
     asked = Options(terms, quantization, Activations(activations), kv_cache, priced, Overrides.parse(overrides))
     given = load(model)
     path = None if output is None else _target(given, Path(output))
-    check = _Check(verify, verify_seconds, tolerance, progress)
+    check = _Check(verify, verify_seconds, tolerance, progress, measure)
     try:
         return _compile(given, path, decide(given, asked, progress), check, progress)
     except VerificationFailed as failure:
@@ -214,7 +221,8 @@ def _compile(given: Source, path: Path | None, decided: Decided, check: _Check, 
         report = embedded_report(source.proto) or report  # a result says what was done to it
         where = {"source": str(source.path) if source.path else None, "result": str(path) if path else None}
         report = report.model_copy(update=where)
-        return Compiled(_copy(source, path), report, path, changed=False)
+        kept = source if source is given else replace(source, path=None)  # what was rounded and kept is in no file yet
+        return Compiled(_copy(kept, path), report, path, changed=False)
 
     unrounded = given if source is not given and weight_bytes(given.proto) <= WHOLE_UP_TO else None
     reference = _reference(decided, unrounded, report)
@@ -222,7 +230,7 @@ def _compile(given: Source, path: Path | None, decided: Decided, check: _Check, 
         store = WeightStore(None)
         edited, products = _rewrite(decided, report, store, progress)
         store.adopt(edited, source)
-        return Compiled(edited, check(source, Source(edited, source.folder), reference, products, report))
+        return Compiled(edited, check(decided, Source(edited, source.folder), reference, products, report))
 
     packed = sum(row.weight_bytes or 0 for row in report.sites)
     external = max(weight_bytes(source.proto), packed) > EMBED_UP_TO
@@ -230,7 +238,7 @@ def _compile(given: Source, path: Path | None, decided: Decided, check: _Check, 
         edited, products = _rewrite(decided, report, out.store, progress)
         aside = out.write(edited)
         report = report.model_copy(update={"result": str(path)})
-        report = check(source, Source(edited, aside.parent), reference, products, report)
+        report = check(decided, Source(edited, aside.parent), reference, products, report)
         out.commit()
     return Compiled(edited, report, path)
 
@@ -355,6 +363,19 @@ _BODIES = {
 """By op, its function body for an opset and the version of it."""
 
 
+def _functions(ops: set[str], plans: Sequence[Plan], opset: int) -> list[tuple[onnx.FunctionProto, int]]:
+    """The bodies of the ops used, each with its version; that of ``msd.MatMul`` as small as its plans allow."""
+    parts = {
+        "codebooks": any(plan.codebook is not Codebook.INTEGER for plan in plans),
+        "formats": any(plan.activation is not ActivationFormat.INT8 for plan in plans),
+    }
+    return [
+        (body(opset, **(parts if op == "MatMul" else {})), version)  # type: ignore[operator]
+        for op, (body, version) in _BODIES.items()
+        if op in ops
+    ]
+
+
 def _rewrite(
     decided: Decided, report: Report, store: WeightStore, progress: Progress
 ) -> tuple[onnx.ModelProto, list[RewrittenProduct | RewrittenAttention]]:
@@ -363,6 +384,7 @@ def _rewrite(
     taken = [d for d in decided.decisions if d.row.outcome is Outcome.REWRITTEN]
     products: list[RewrittenProduct | RewrittenAttention] = []
     ops: set[str] = set()
+    plans: list[Plan] = []
     for done, (site, choice) in enumerate((d.site, d.choice) for d in taken):
         progress("packing weights", done, len(taken))
         fact, build = site.found, NodeBuilder(edit, site.name)
@@ -391,13 +413,15 @@ def _rewrite(
             edit.declare(fact.scope, fact.y.name, fact.element_type, shape)
         ours = [node for node in nodes if node.domain == "msd"]
         ops.update(node.op_type for node in ours)
+        plan = plan_of(fact, choice)
+        plans += [plan] if isinstance(plan, Plan) else []
         products += [
             RewrittenProduct(site.name, node, weight, fact.codes, fact.alpha, fact.bias)
             for node, weight in zip(ours, fact.weights, strict=True)
         ]
     progress("packing weights", len(taken), len(taken))
-    functions = [(body(edit.function_opset), version) for op, (body, version) in _BODIES.items() if op in ops]
-    proto = edit.finish(functions)
+    finished = edit.finish(_functions(ops, plans, edit.function_opset))
+    proto = with_int8_constants(Source(finished, linked.source.folder), store.add).proto
     stale = [entry for entry in proto.metadata_props if entry.key == METADATA_KEY]
     for entry in stale:
         proto.metadata_props.remove(entry)
@@ -426,12 +450,14 @@ class _Check:
     seconds: float
     tolerance: float
     progress: Progress
+    measure: bool = False
+    """Whether layers are timed, too."""
     note: str | None = None
     """What there is to say beforehand."""
 
     def __call__(
         self,
-        source: Source,
+        decided: Decided,
         result: Source,
         reference: Reference | None,
         products: list[RewrittenProduct | RewrittenAttention],
@@ -444,11 +470,12 @@ class _Check:
         """
         if not self.wanted:
             return report
+        source = decided.source
         verification: Verification | None = None
         note = "weights above 1 GB: every layer alone"
         if reference is None:
             note = "no standard op keeps such a cache: every layer alone"
-        elif weight_bytes(source.proto) <= WHOLE_UP_TO:
+        elif bytes_with_float_constants(reference.oracle) <= WHOLE_UP_TO:
             try:
                 verification = verify_whole(
                     source,
@@ -487,6 +514,10 @@ class _Check:
         report = report.model_copy(update={"verification": verification})
         if not verification.passed:
             raise VerificationFailed(_failure(verification, report), report)
+        if self.measure and verification.method is Method.WHOLE:
+            from .bench.sites import with_measured_sites  # here, for it needs this module
+
+            report = with_measured_sites(report, decided, result, progress=self.progress)
         return report
 
 
@@ -511,7 +542,9 @@ def _failure(verification: Verification, report: Report) -> str:
     if verification.sites:
         named = ", ".join(f"{s.node!r} {s.relative_l2:.2g}" for s in verification.sites[:3])
         parts.append(f"worst layers alone: {named}")
-    if any(s.terms == 1 for s in report.sites):
+    if any(s.activation for s in report.sites):
+        parts.append("activations in MX formats keep 3 to 7 bits: raise the tolerance, or leave them out")
+    elif any(s.terms == 1 for s in report.sites):
         parts.append("one term keeps 8 bits, about 1 % error a layer: use two terms, or raise the tolerance")
     elif any(s.terms == 2 for s in report.sites):
         parts.append(

@@ -29,7 +29,7 @@ from .errors import OptionError
 from .facts import QuantizedLinear
 from .linked import Linked, Scope
 from .reader import Site
-from .runtime_ops.matmul.layout import ActivationFormat
+from .runtime_ops.matmul.layout import ActivationFormat, Codebook
 
 DEFAULT_TERMS = 2
 """16 bits of the activation."""
@@ -250,6 +250,8 @@ def source_way(site: Site) -> Way:
     """How a default session computes a product of float activations as it stands: with 8-bit activations, or float ones."""
     if site.node.op == "MatMulNBits" and site.node.attrs.get("accuracy_level", 0) != 4:
         return Way.FLOAT
+    if isinstance(site.found, QuantizedLinear) and site.found.weight.codebook is not Codebook.INTEGER:
+        return Way.FLOAT  # no kernel takes such codes: beside rewritten layers they are dequantized
     return Way.SESSION
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from enum import StrEnum
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,14 +18,16 @@ from .api import DEFAULT_TOLERANCE, DEFAULT_VERIFY_SECONDS, VerificationFailed
 from .cost.commands import calibrate, targets
 from .cost.workload import DEFAULT as DEFAULT_WORKLOAD
 from .decide import Activations
+from .demo.command import demo
 from .errors import MsdError, OptionError, OutputError
 from .evaluate.command import evaluate
+from .float4 import ScaleRule
 from .generate import Generated, prompt_of
 from .generate import generate as generate_tokens
 from .inputs import Feed
 from .kv_cache import KvCache
 from .picture import check_plot
-from .quantize import Quantization
+from .quantize import Float4Quantization, Quantization, WeightRounding
 from .report import Report, embedded_report
 from .screen import progress_bars
 from .source import load
@@ -57,17 +58,42 @@ Tolerance = Annotated[float, typer.Option(help="largest relative L2 of any outpu
 
 
 class Codes(StrEnum):
-    """What float weights can be rounded to."""
+    """What float caches can be rounded to."""
 
     INT4 = "int4"
     INT8 = "int8"
 
 
+class WeightCodes(StrEnum):
+    """What float weights can be rounded to."""
+
+    INT4 = "int4"
+    INT8 = "int8"
+    MXFP4 = "mxfp4"
+    NVFP4 = "nvfp4"
+
+
+class ScaleRules(StrEnum):
+    """How a block's scale is found."""
+
+    STANDARD = "standard"
+    LEAST_ERROR = "least-error"
+
+
 Quantize = Annotated[
-    Codes | None, typer.Option(help="round the weights of float layers, by onnxruntime's own quantizer")
+    WeightCodes | None,
+    typer.Option(help="round the weights of float layers: int4 and int8 by onnxruntime's own quantizer"),
 ]
-BlockSize = Annotated[int | None, typer.Option(help="with --quantize: steps of K that share a scale; default: 32")]
-Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="with --quantize: blocks have zero points")]
+BlockSize = Annotated[
+    int | None, typer.Option(help="with --quantize int4 or int8: steps of K that share a scale; default: 32")
+]
+Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="with --quantize int4 or int8: blocks have zero points")]
+ScaleRuleOption = Annotated[
+    ScaleRules | None,
+    typer.Option(
+        "--scale-rule", help="with --quantize mxfp4 or nvfp4: the standard's, or of its neighbours that of least error"
+    ),
+]
 ActivationsOption = Annotated[
     Activations,
     typer.Option(
@@ -109,7 +135,11 @@ Budget = Annotated[
 ]
 OverrideOption = Annotated[
     list[str] | None,
-    _choosing("for layers by name; the first that matches counts", "--override", metavar="GLOB=keep|float|1|2|3"),
+    _choosing(
+        "for layers by name; the first that matches counts. WHAT: keep, float, 1, 2 or 3 terms, mxfp4x2, mxfp8 ...",
+        "--override",
+        metavar="GLOB=WHAT",
+    ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="a row for every layer")]
 
@@ -131,6 +161,7 @@ def compile(
     quantize: Quantize = None,
     block_size: BlockSize = None,
     asymmetric: Asymmetric = False,
+    scale_rule: ScaleRuleOption = None,
     activations: ActivationsOption = Activations.KEEP,
     kv_cache: KvCacheOption = None,
     samples: Samples = None,
@@ -152,7 +183,8 @@ def compile(
     Exit status 1: the result was further from the oracle than allowed and was not kept. 2: a mistake in the input.
     """
     feeds = None if samples is None else [read_feed(samples)]
-    quantization, cache = _quantization(quantize, block_size, asymmetric), _kv_cache(kv_cache, feeds)
+    quantization = _quantization(quantize, block_size, asymmetric, scale_rule)
+    cache = _kv_cache(kv_cache, feeds)
     with progress_bars(quiet=json_) as progress:
         path = output if output is not None else api.default_output(model)
         if report is not None:
@@ -173,6 +205,7 @@ def compile(
                 verify=verify,
                 verify_seconds=verify_seconds,
                 tolerance=tolerance,
+                measure=report is not None,
                 progress=progress,
             )
         except VerificationFailed as failure:
@@ -199,6 +232,7 @@ def inspect(
     quantize: Quantize = None,
     block_size: BlockSize = None,
     asymmetric: Asymmetric = False,
+    scale_rule: ScaleRuleOption = None,
     activations: ActivationsOption = Activations.KEEP,
     kv_cache: KvCacheOption = None,
     samples: Samples = None,
@@ -213,7 +247,8 @@ def inspect(
 ) -> None:
     """Show a model's linear layers: formats, sizes, what compile would do, and why not; of a result, what it did."""
     feeds = None if samples is None else [read_feed(samples)]
-    quantization, cache = _quantization(quantize, block_size, asymmetric), _kv_cache(kv_cache, feeds)
+    quantization = _quantization(quantize, block_size, asymmetric, scale_rule)
+    cache = _kv_cache(kv_cache, feeds)
     if report is not None:
         _check_report(report, model, model)
     if plot is not None:
@@ -440,33 +475,7 @@ app.command("targets", epilog="Example: msd targets")(targets)
 app.command("calibrate", epilog="Example: msd calibrate -o here.toml")(calibrate)
 
 
-@app.command(epilog="Example: msd demo -o demo.msd.onnx")
-def demo(
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="keep the result there")] = None,
-    report: ReportOption = None,
-    json_: Json = False,
-) -> None:
-    """Compile the bundled model, verify it and show the table: a small Llama with a KV cache, int4 and int8 weights."""
-    with as_file(files("msd_compiler") / "data" / "tiny_llama.onnx") as model, progress_bars(quiet=json_) as progress:
-        if report is not None:
-            _check_report(report, model, model if output is None else output)
-        compiled = api.compile(model, output, progress=progress)
-    _write_report(report, compiled.report)
-    _show(compiled.report, json_, verbose=False)
-    if not json_:
-        print_demo_verdict(_console(), compiled.report)
-        if output is not None:
-            _console().print(f"wrote {output}", soft_wrap=True)
-
-
-def print_demo_verdict(console: Console, report: Report) -> None:
-    """What was gained, in one line."""
-    outputs = report.verification.outputs if report.verification else []
-    gains = [o.baseline_relative_l2 / o.relative_l2 for o in outputs if o.baseline_relative_l2 and o.relative_l2]
-    if gains:
-        console.print(
-            f"[bold]{min(gains):.0f} to {max(gains):.0f} times closer to the model's meaning than today's session.[/]"
-        )
+app.command("demo", epilog="Example: msd demo -o models")(demo)
 
 
 def main() -> None:
@@ -506,12 +515,20 @@ def _kv_cache(codes: Codes | None, samples: list[Feed] | None) -> KvCache | None
     return None if codes is None else KvCache(8 if codes is Codes.INT8 else 4, samples)
 
 
-def _quantization(codes: Codes | None, block_size: int | None, asymmetric: bool) -> Quantization | None:
+def _quantization(
+    codes: WeightCodes | None, block_size: int | None, asymmetric: bool, scale_rule: ScaleRules | None
+) -> WeightRounding | None:
+    is_float = codes in (WeightCodes.MXFP4, WeightCodes.NVFP4)
+    if (block_size is not None or asymmetric) and (codes is None or is_float):
+        raise OptionError("--block-size and --asymmetric say how to --quantize to int4 or int8")
+    if scale_rule is not None and not is_float:
+        raise OptionError("--scale-rule says how to --quantize to mxfp4 or nvfp4")
     if codes is None:
-        if block_size is not None or asymmetric:
-            raise OptionError("--block-size and --asymmetric say how to --quantize: int4 or int8")
         return None
-    return Quantization(4 if codes is Codes.INT4 else 8, 32 if block_size is None else block_size, not asymmetric)
+    if is_float:
+        rule: ScaleRule = "least_error" if scale_rule is ScaleRules.LEAST_ERROR else "standard"
+        return Float4Quantization("mxfp4" if codes is WeightCodes.MXFP4 else "nvfp4", rule)
+    return Quantization(4 if codes is WeightCodes.INT4 else 8, 32 if block_size is None else block_size, not asymmetric)
 
 
 def _check_report(path: Path, model: Path, target: Path) -> None:

@@ -30,10 +30,12 @@ from .oracle_session import Convert
 from .passes import ATTENTION_READERS, READERS, REFINERS
 from .passes.lower_linear import packed_bytes, plan_of
 from .pricing import Target, add_candidates, pricing_for, pricing_row
-from .quantize import Quantization
+from .quantize import WeightRounding
 from .quantize import quantize as round_weights
 from .reader import Site, find_sites
 from .report import UNSUPPORTED, Outcome, PricingRow, SiteRow
+from .runtime_constants import with_int8_constants
+from .runtime_ops.matmul.mx import MX_FORMATS
 from .runtime_ops.matmul.reference import LIMITS
 from .runtime_ops.spelling import OLDEST_OPSET
 from .source import Source, type_name
@@ -56,7 +58,7 @@ class Options:
 
     terms: int | None = None
     """INT8 terms of float activations; None: chosen."""
-    quantization: Quantization | None = None
+    quantization: WeightRounding | None = None
     """How to round the weights of float layers; None: they stay float."""
     activations: Activations = Activations.KEEP
     kv_cache: KvCache | None = None
@@ -81,7 +83,7 @@ class Decided:
     """A model and what is to be done with it."""
 
     source: Source
-    """The model with its weights rounded, where that was asked."""
+    """The model with its weights rounded, where that was asked: to float4 as int8 codes that mean the same."""
     linked: Linked
     """The same as readers see it: functions inlined, integer products spelled out, activations float where asked."""
     decisions: tuple[Decision, ...]
@@ -116,7 +118,8 @@ def decide(source: Source, options: Options, progress: Progress) -> Decided:
     flat = inlined(source)
     with _readable(flat):
         seen = _see(source, flat, options)
-    return _decide(source, seen, options, rounded)
+    # what is run today is in types that a runtime has, where it was we who rounded
+    return _decide(with_int8_constants(source) if rounded else source, seen, options, rounded)
 
 
 @contextmanager
@@ -232,7 +235,8 @@ def _decide(source: Source, seen: _Seen, options: Options, rounded: dict[str, st
 def _work_of(found: QuantizedLinear) -> LinearWork:
     weight = found.weight
     group = plan_of(found, Choice()).block_size
-    return LinearWork(weight.k, weight.n, weight.bits, group, weight.block_size is None, len(found.weights))
+    is_fp4 = weight.format.startswith("mxfp4 block")
+    return LinearWork(weight.k, weight.n, weight.bits, group, weight.block_size is None, len(found.weights), is_fp4)
 
 
 def _changeable(sites: Sequence[Site], how: KvCache, overrides: Overrides) -> dict[str, AttentionSite]:
@@ -326,6 +330,8 @@ def _row(source: Source, site: Site, choice: Choice) -> SiteRow:
     row.terms = choice.terms if codes is None else codes.terms
     row.group = _group(found, choice) if codes is None else None
     row.error_bound = 0.5 / LIMITS[choice.terms] if codes is None else 0.0
+    if choice.activation in MX_FORMATS:
+        row.activation, row.error_bound = choice.activation.label, MX_FORMATS[choice.activation].error_bound
     row.weight_bytes = packed_bytes(found, choice)
     return row
 

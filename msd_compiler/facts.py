@@ -36,7 +36,7 @@ class ReasonCode(StrEnum):
     OPSET_TOO_OLD = "opset_too_old"
     """The model imports a default-domain opset in which the rewritten node has no meaning."""
     WEIGHT_TYPE = "weight_type"
-    """The codes are of a type that is no small integer (float8, float4) or too wide (int16)."""
+    """The codes are of a type that is no small integer (float8) or too wide (int16)."""
     ACTIVATION_TYPE = "activation_type"
     """The activation is neither float32, float16 nor bfloat16."""
     SCALE_LAYOUT = "scale_layout"

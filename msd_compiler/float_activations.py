@@ -1,7 +1,7 @@
 """A model whose activations are rounded, without that rounding: its weights stay low-bit, its activations become float.
 
 Integer ops are spelled out (`unfuse`); then every ``QuantizeLinear`` whose codes only move and end in a
-``DequantizeLinear`` of the same scale and zero point goes, and that with it.
+``DequantizeLinear`` of the same scale and zero point goes, and that with it. So do TensorRT's roundings to FP8, MXFP8 and NVFP4.
 """
 
 from __future__ import annotations
@@ -40,6 +40,17 @@ _ALL_ARE_DATA = frozenset({"Concat"})
 
 _PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulNBits"})
 
+_ROUNDINGS = frozenset(
+    {
+        "QuantizeLinear",
+        "DynamicQuantizeLinear",
+        "TRT_FP4DynamicQuantize",
+        "TRT_FP8QuantizeLinear",
+        "TRT_MXFP8DynamicQuantize",
+    }
+)
+_BACK = frozenset({"DequantizeLinear", "TRT_FP8DequantizeLinear", "TRT_MXFP8DequantizeLinear"})
+
 
 @dataclass(frozen=True)
 class _Rounding:
@@ -70,7 +81,7 @@ def float_activations(linked: Linked) -> tuple[Source, dict[str, str]]:
             if rounding.node.outputs[0].name == codes:
                 edit.rename(scope, codes, str(rounding.node.inputs[0].name))
         for node in scope.graph.nodes:
-            if node.op == "DequantizeLinear" and node.inputs[0].name in roundings:
+            if node.op in _BACK and node.inputs[0].name in roundings:
                 edit.bypass(scope, node, str(node.inputs[0].name))
                 rounding = roundings[node.inputs[0].name].node
                 dropped.update((name, rounding.op) for name in _products_of(node.outputs[0]))
@@ -97,8 +108,8 @@ def _removable(scope: Scope, linked: Linked) -> dict[str, _Rounding]:
     found: dict[str, _Rounding] = {}
     tensors: list[gs.Tensor] = []
     for node in scope.graph.nodes:  # in graph order, so that what a move reads is known
-        if node.op in ("QuantizeLinear", "DynamicQuantizeLinear") and scope.constant(node.inputs[0]) is None:
-            rounding = _rounding(node)
+        rounding = _rounding(node) if node.op in _ROUNDINGS and scope.constant(node.inputs[0]) is None else None
+        if rounding is not None:
             found[node.outputs[0].name] = rounding
             tensors.append(node.outputs[0])
         elif node.op in _MOVES:
@@ -128,7 +139,7 @@ def _may_go(tensor: gs.Tensor, found: dict[str, _Rounding], scope: Scope, linked
     if producer.op in _MOVES and any(t.name not in found for t in _data(producer)):
         return False
     for node in tensor.outputs:
-        if node.op == "DequantizeLinear" and node.inputs[0] is tensor:
+        if node.op in _BACK and node.inputs[0] is tensor:
             if not _same(scope, linked, rounding, _rounding_of(node)) or any(t is tensor for t in node.inputs[1:]):
                 return False
         elif node.op in _MOVES:
@@ -139,10 +150,15 @@ def _may_go(tensor: gs.Tensor, found: dict[str, _Rounding], scope: Scope, linked
     return True
 
 
-def _rounding(node: gs.Node) -> _Rounding:
-    if node.op == "DynamicQuantizeLinear":
-        return _Rounding(node, node.outputs[1], node.outputs[2])
-    return _rounding_of(node)
+def _rounding(node: gs.Node) -> _Rounding | None:
+    """What a rounding divides by; None if what is made of it cannot be told."""
+    if node.op in ("QuantizeLinear", "TRT_FP8QuantizeLinear"):
+        return _rounding_of(node)
+    scale, zero_point = node.outputs[1], node.outputs[2] if node.op == "DynamicQuantizeLinear" else None
+    if node.op != "TRT_FP4DynamicQuantize":
+        return _Rounding(node, scale, zero_point)
+    users = scale.outputs  # NVFP4's scales are codes themselves
+    return _Rounding(node, users[0].outputs[0], None) if len(users) == 1 and users[0].op in _BACK else None
 
 
 def _rounding_of(node: gs.Node) -> _Rounding:

@@ -9,6 +9,7 @@ import onnxruntime
 
 from .oracle import is_widened, oracle_model, widen_inputs
 from .runtime import SAY_NOTHING, open_model
+from .runtime_constants import with_float_constants
 from .source import Source
 
 Convert: TypeAlias = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -18,11 +19,15 @@ Convert: TypeAlias = Callable[[Mapping[str, Any]], dict[str, Any]]
 def open_oracle(source: Source) -> tuple[onnxruntime.InferenceSession, Convert]:
     """A session with graph optimizations off, accuracy levels at 0 and half precision widened, and what makes its feeds.
 
+    What onnxruntime cannot dequantize (float4, float8e8m0) is dequantized for it.
+
     Raises:
+        ModelError: constants cannot be read.
         RuntimeRefused: onnxruntime does not load it.
     """
+    loadable = with_float_constants(source)
     session = open_model(
-        oracle_model(source.proto, source.array),
+        oracle_model(loadable.proto, loadable.array),
         source.folder,
         name=source.name,
         portable=True,

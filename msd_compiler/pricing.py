@@ -141,6 +141,11 @@ def _unpriced(linked: Linked, priced: Iterable[Site]) -> dict[str, int]:
     return {op: counts[op] for op in sorted(counts) if op not in _COMPUTES_NOTHING}
 
 
-def _is_constant(scope: Scope, node: gs.Node) -> bool:
-    """Whether it is computed once, when the model is opened."""
-    return bool(node.inputs) and all(scope.constant(tensor) is not None for tensor in node.inputs if tensor.name)
+def _is_constant(scope: Scope, node: gs.Node, depth: int = 2) -> bool:
+    """Whether it is computed once, when the model is opened: of constants, or of what is computed of those."""
+    return bool(node.inputs) and all(
+        scope.constant(tensor) is not None
+        or (depth > 0 and bool(tensor.inputs) and _is_constant(scope, tensor.inputs[0], depth - 1))
+        for tensor in node.inputs
+        if tensor.name
+    )

@@ -1,8 +1,10 @@
-"""Float models: onnxruntime's own quantizer rounds the weights of linear layers; the readers take it from there.
+"""Float models: the weights of linear layers are rounded, and the readers take it from there.
 
-The quantizer knows ``MatMul`` by an initializer and nothing else. So it is handed one weight at a time, as a model of
-one MatMul, and never sees the graph: Gemm, transposed and converted weights, nested graphs and external data are read
-here, and what it makes of the weight (codes, scales, zero points) goes into a ``MatMulNBits`` in the layer's place.
+To integers onnxruntime's own quantizer rounds. It knows ``MatMul`` by an initializer and nothing else. So it is handed one
+weight at a time, as a model of one MatMul, and never sees the graph: Gemm, transposed and converted weights, nested graphs and
+external data are read here, and what it makes of the weight (codes, scales, zero points) goes into a ``MatMulNBits`` in the
+layer's place. MXFP4 and NVFP4 are rounded here (`float4`), and go into a ``DequantizeLinear`` of the domain ``msd``: ONNX's own knows
+these types from opset 23 and 24 on, and a model's opset stays what it is. No result holds it.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any as Untyped
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import onnx
@@ -22,10 +25,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from .edit import Edit
 from .errors import ModelError, OptionError
+from .float4 import BLOCK_SIZES as FLOAT4_BLOCK_SIZES
+from .float4 import Format, ScaleRule, round_to_float4
 from .inline import inlined
 from .linked import Linked, Scope
 from .pattern import Any, Chain, Const, Match, Maybe, Op, match
-from .save import WeightStore
 from .source import Source, type_name
 from .verification import Progress, silent
 
@@ -77,7 +81,35 @@ class Quantization:
             raise OptionError(f"block size is {self.block_size}; it must be 16, 32, 64, 128 or 256")
 
 
-def quantize(source: Source, how: Quantization, *, progress: Progress = silent) -> tuple[Source, dict[str, str]]:
+@dataclass(frozen=True)
+class Float4Quantization:
+    """How weights are rounded to floats of 4 bits.
+
+    Raises:
+        OptionError: there is no such format or rule.
+    """
+
+    format: Format
+    """``mxfp4``: blocks of 32, scales that are powers of two. ``nvfp4``: blocks of 16, scales of 8 bits."""
+    scale_rule: ScaleRule = "standard"
+    """A block's scale: by the standard's rule, or ``least_error``, the one of its neighbours that is closest to the weights."""
+
+    def __post_init__(self) -> None:
+        if self.format not in FLOAT4_BLOCK_SIZES:
+            raise OptionError(f"weights cannot be rounded to {self.format!r}; it must be mxfp4 or nvfp4")
+        if self.scale_rule not in ("standard", "least_error"):
+            raise OptionError(f"scale rule is {self.scale_rule!r}; it must be standard or least_error")
+
+    @property
+    def block_size(self) -> int:
+        """Steps of K that share a scale."""
+        return FLOAT4_BLOCK_SIZES[self.format]
+
+
+WeightRounding: TypeAlias = Quantization | Float4Quantization
+
+
+def quantize(source: Source, how: WeightRounding, *, progress: Progress = silent) -> tuple[Source, dict[str, str]]:
     """Round the weights of a model's float linear layers to low-bit codes.
 
     A layer is a MatMul, or a Gemm of opset 7 or later, whose right-hand weight is stored in the file, is float32 or float16,
@@ -97,7 +129,7 @@ def quantize(source: Source, how: Quantization, *, progress: Progress = silent) 
         ModelError: a weight cannot be read or is not finite.
         OptionError: the installed onnxruntime has no quantizer that does this.
     """
-    quantizer = _Quantizer(how)
+    rounder: _Rounder = _Quantizer(how) if isinstance(how, Quantization) else _Float4(how)
     linked = Linked.of(inlined(source))
     layers = []
     for scope, _, node in linked.nodes():
@@ -107,18 +139,17 @@ def quantize(source: Source, how: Quantization, *, progress: Progress = silent) 
             layers.append(m)
     if not layers:
         return source, {}
-    edit = Edit(linked.source, WeightStore(None).add)
+    edit = Edit(linked.source)
     done: dict[str, str] = {}
     for number, m in enumerate(layers):
         progress("rounding weights", number, len(layers))
         with _named(source, m.node):
             weight = _weight(linked, m)
-            rounded = quantizer.round(weight)
-            edit.replace(m.scope, [m.node], _nodes(linked, m, edit, rounded, len(weight), how))
+            edit.replace(m.scope, [m.node], _nodes(linked, m, edit, weight, rounder))
         float_type = type_name(_element_type(weight))
-        done[_name(m.node)] = f"{m.node.op} with a {float_type} weight, rounded by onnxruntime's quantizer"
+        done[_name(m.node)] = f"{m.node.op} with a {float_type} weight, rounded {rounder.how}"
     progress("rounding weights", len(layers), len(layers))
-    edit.import_domain("com.microsoft", 1)
+    edit.import_domain(rounder.domain, 1)
     proto = edit.finish()
     return Source(proto, source.folder, source.path), done
 
@@ -138,7 +169,7 @@ def _named(source: Source, node: gs.Node) -> Iterator[None]:
         raise ModelError(f"{source.name}: {node.op} {name!r} cannot be read: {error}") from error
 
 
-def _layer(linked: Linked, scope: Scope, node: gs.Node, how: Quantization) -> Match | None:
+def _layer(linked: Linked, scope: Scope, node: gs.Node, how: WeightRounding) -> Match | None:
     """The node's match if it is a layer to round; decided without reading the weight."""
     m = match(_PATTERNS[node.op], node, scope) if node.op in _PATTERNS else None
     if m is None or scope.constant(m.tensor("x")) is not None:
@@ -184,41 +215,52 @@ def _weight(linked: Linked, m: Match) -> np.ndarray:
     return weight.T if m.node.attrs.get("transB", 0) else weight
 
 
-def _nodes(
-    linked: Linked,
-    m: Match,
-    edit: Edit,
-    rounded: tuple[np.ndarray, ...],
-    k: int,
-    how: Quantization,
-) -> list[onnx.NodeProto]:
-    """``MatMulNBits``, and around it what a Gemm does beyond a product: the same sums, in float16 each step rounded."""
-    name, x, y = _name(m.node), m.tensor("x").name, m.node.outputs[0].name
-    attrs = m.node.attrs
-    nodes: list[onnx.NodeProto] = []
+@dataclass(frozen=True)
+class _Place:
+    """Where the nodes of a rounded layer are collected."""
 
-    def add(op: str, *inputs: str, suffix: str, **attributes: Untyped) -> str:
-        output = edit.unique(f"{name}/{suffix}")
-        nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+    edit: Edit
+    name: str
+    """Of the layer."""
+    weight: str
+    """Of its weight."""
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+
+    def add(self, op: str, *inputs: str, suffix: str, **attributes: Untyped) -> str:
+        """Add a node; its output's name is returned."""
+        output = self.edit.unique(f"{self.name}/{suffix}")
+        self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
         return output
 
+    def constant(self, what: str, values: np.ndarray) -> str:
+        """A part of the rounded weight."""
+        return self.edit.constant(f"{self.weight}_{what}", values)
+
+
+class _Rounder(Protocol):
+    """Rounds a weight."""
+
+    how: str
+    """In words: ``by ...``, ``to ...``."""
+    domain: str
+    """Of the ops that it writes."""
+
+    def product(self, place: _Place, x: str, weight: np.ndarray) -> str:
+        """Write the product of ``x`` by the rounded ``[K, N]`` weight, in the weight's own type; the output's name."""
+        ...
+
+
+def _nodes(linked: Linked, m: Match, edit: Edit, weight: np.ndarray, rounder: _Rounder) -> list[onnx.NodeProto]:
+    """The product, and around it what a Gemm does beyond it: the same sums, in float16 each step rounded."""
+    name, x, y = _name(m.node), m.tensor("x").name, m.node.outputs[0].name
+    attrs, dtype = m.node.attrs, weight.dtype
+    place = _Place(edit, name, m.tensor("weight").name)
+    nodes, add = place.nodes, place.add
     if attrs.get("transA", 0):
         x = add("Transpose", x, suffix="transposed", perm=[1, 0])
-    parts = zip((f"Q{how.bits}", "scales", "zero_points"), rounded, strict=False)
-    inputs = [edit.constant(f"{m.tensor('weight').name}_{what}", values) for what, values in parts]
-    found = add(
-        "MatMulNBits",
-        x,
-        *inputs,
-        suffix="product",
-        domain="com.microsoft",
-        K=k,
-        N=len(rounded[0]),
-        bits=how.bits,
-        block_size=how.block_size,
-    )
+    found = rounder.product(place, x, weight)
     nodes[-1].name = name  # rows of the report are named after the source's node
-    steps, dtype = [nodes[-1]], rounded[1].dtype
+    steps = [nodes[-1]]
     alpha, beta = float(attrs.get("alpha", 1.0)), float(attrs.get("beta", 1.0))
     c = m.maybe("c") if m.node.op == "Gemm" and beta != 0 else None
     if alpha != 1:
@@ -235,10 +277,40 @@ def _nodes(
         steps.append(nodes[-1])
     nodes[-1].output[0] = y
     shape = linked.shape(m.scope, m.node.outputs[0])
-    if shape is not None:  # shape inference of the default domain ends at MatMulNBits
+    if shape is not None:  # shape inference of the default domain ends at other domains' ops
         for node in steps:
-            edit.declare(m.scope, node.output[0], _element_type(rounded[1]), shape)
+            edit.declare(m.scope, node.output[0], _element_type(weight), shape)
     return nodes
+
+
+class _Float4:
+    """The rounding of `float4`."""
+
+    domain = "msd"
+
+    def __init__(self, how: Float4Quantization):
+        self._how = how
+        by = "the standard's rule" if how.scale_rule == "standard" else "least squared error"
+        self.how = f"to {how.format}, block scales by {by}"
+
+    def product(self, place: _Place, x: str, weight: np.ndarray) -> str:
+        """See `_Rounder`."""
+        rounded = round_to_float4(weight, self._how.format, self._how.scale_rule)
+        codes, scales = place.constant(self._how.format, rounded.codes), place.constant("scales", rounded.scales)
+        if rounded.scale_of_scales is not None:
+            whole = place.constant("scale", rounded.scale_of_scales)
+            scales = place.add("DequantizeLinear", scales, whole, suffix="scales", domain=self.domain)
+        dequantized = place.add(
+            "DequantizeLinear",
+            codes,
+            scales,
+            suffix="weight",
+            domain=self.domain,
+            axis=0,
+            block_size=self._how.block_size,
+            output_dtype=_element_type(weight),
+        )
+        return place.add("MatMul", x, dequantized, suffix="product")
 
 
 class _Quantizer:
@@ -247,6 +319,9 @@ class _Quantizer:
     Raises:
         OptionError: it is not installed whole, or too old.
     """
+
+    how = "by onnxruntime's quantizer"
+    domain = "com.microsoft"
 
     def __init__(self, how: Quantization):
         self._how = how
@@ -257,6 +332,22 @@ class _Quantizer:
                 f"{how.bits} bits need onnxruntime 1.22 or later"
             )
         self._class = getattr(self._module, name)
+
+    def product(self, place: _Place, x: str, weight: np.ndarray) -> str:
+        """See `_Rounder`."""
+        rounded = self.round(weight)
+        parts = zip((f"Q{self._how.bits}", "scales", "zero_points"), rounded, strict=False)
+        return place.add(
+            "MatMulNBits",
+            x,
+            *(place.constant(what, values) for what, values in parts),
+            suffix="product",
+            domain=self.domain,
+            K=len(weight),
+            N=len(rounded[0]),
+            bits=self._how.bits,
+            block_size=self._how.block_size,
+        )
 
     def round(self, weight: np.ndarray) -> tuple[np.ndarray, ...]:
         """Codes ``[N, blocks, bytes]``, scales ``[N, blocks]`` and, unless symmetric, zero points ``[N, bytes]``."""

@@ -9,11 +9,12 @@ import json
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 from pydantic import BaseModel, ConfigDict, Field
 
+from .evaluate.report import Evaluation
 from .facts import ReasonCode
 
 METADATA_KEY = "msd.report"
@@ -66,6 +67,16 @@ class CandidateRow(_Row):
     phases: list[PriceRow] = Field(default_factory=list, description="in the order of the workload's phases")
 
 
+class MeasuredRow(_Row):
+    """What a site took in a run of one phase, on the machine that `Measurement` names."""
+
+    phase: str
+    before_ms: float | None = Field(
+        None, description="in a default session of the source; absent: its nodes could not be told from others"
+    )
+    after_ms: float | None = Field(None, description="in the result")
+
+
 class SiteRow(_Row):
     """One linear layer or attention of the source, or one lookup in a low-bit table."""
 
@@ -83,6 +94,9 @@ class SiteRow(_Row):
     reason: str | None = Field(None, description="why it was not rewritten, or with what choice, for people")
     reason_code: ReasonCode | None = Field(None, description="the same, stable")
     terms: int | None = Field(None, description="INT8 terms of the activation")
+    activation: str | None = Field(
+        None, description="MX format of the activation, mxfp4x2 or the like; absent: INT8 terms"
+    )
     group: int | None = Field(None, description="K-steps that share an activation scale")
     error_bound: float | None = Field(
         None, description="largest error of an activation element over the largest magnitude of its group"
@@ -98,6 +112,9 @@ class SiteRow(_Row):
         None, description="what the target's own public kernels would do, where that is something else, and why"
     )
     candidates: list[CandidateRow] = Field(default_factory=list, description="absent inside a result")
+    measured: list[MeasuredRow] = Field(
+        default_factory=list, description="in the order of the measurement's phases; absent inside a result"
+    )
 
 
 class Totals(_Row):
@@ -132,6 +149,33 @@ class PricingRow(_Row):
     before: Totals
     after: Totals
     unpriced: dict[str, int] = Field(description="nodes that nobody priced, by op type: they take time, too")
+
+
+class MeasuredPhase(_Row):
+    """All nodes of a run together, those of no site, too, with what the profiler itself takes."""
+
+    name: str = Field(description="of the workload's phase, whose batch, tokens and context the inputs have")
+    before_ms: float | None = Field(None, description="absent: it does not run so")
+    after_ms: float | None = None
+    empty_node_ms: float | None = Field(
+        None,
+        description="median of nodes that compute nothing (Reshape and the like): so much of any node is the profiler's",
+    )
+
+
+class Measurement(_Row):
+    """Times of single nodes, by onnxruntime's profiler: the product of a site, and what prepares its weight.
+
+    A node that several sites share counts for none of them.
+    """
+
+    cpu: str
+    instruction_set: str | None = Field(None, description="what the native library used")
+    onnxruntime: str
+    threads: int = Field(description="of either session: as many as predictions are for")
+    runs: int = Field(description="that the medians are of")
+    phases: list[MeasuredPhase]
+    notes: list[str] = Field(default_factory=list, description="what was left out, and why")
 
 
 class Summary(_Row):
@@ -233,6 +277,10 @@ class Report(_Row):
     sites: list[SiteRow]
     pricing: PricingRow | None = Field(None, description="absent inside a result")
     verification: Verification | None = None
+    measurement: Measurement | None = Field(None, description="absent inside a result")
+    evaluation: Evaluation | None = Field(
+        None, description="on a text: how far source and result are from the oracle; absent inside a result"
+    )
 
     def json_text(self) -> str:
         """The report as a JSON document."""
@@ -240,10 +288,10 @@ class Report(_Row):
 
     def portable(self) -> Report:
         """Without paths, times, prices and measurements: what travels in a result, whose bytes depend on decisions alone."""
-        sites = [site.model_copy(update={"candidates": [], "margin": None, "device_rule": None}) for site in self.sites]
-        return self.model_copy(
-            update={"source": None, "result": None, "sites": sites, "pricing": None, "verification": None}
-        )
+        fields: dict[str, Any] = {"candidates": [], "margin": None, "device_rule": None, "measured": []}
+        sites = [site.model_copy(update=fields) for site in self.sites]
+        absent = ("source", "result", "pricing", "verification", "measurement", "evaluation")
+        return self.model_copy(update={"sites": sites} | dict.fromkeys(absent))
 
 
 def summarize(sites: list[SiteRow]) -> Summary:

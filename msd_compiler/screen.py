@@ -171,7 +171,7 @@ def _outcome(site: SiteRow) -> str:
     if site.outcome is Outcome.REWRITTEN and site.terms is None:
         return f"rewritten: {site.reason_code}"
     if site.outcome is Outcome.REWRITTEN:
-        return f"rewritten, {site.terms} term{'s' if site.terms != 1 else ''}"
+        return f"rewritten, {site.activation or number_of(site.terms or 0, 'term')}"
     return f"{site.outcome}: {site.reason_code}"
 
 

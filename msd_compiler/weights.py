@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .facts import LowBitWeight
-from .runtime_ops.matmul.layout import CODEBOOKS
+from .runtime_ops.matmul.layout import decode
 
 
 def float_values(weight: LowBitWeight) -> tuple[np.ndarray, np.ndarray]:
@@ -23,8 +23,7 @@ def float_values(weight: LowBitWeight) -> tuple[np.ndarray, np.ndarray]:
         zeros = zeros + data.offsets
     if data.input_scales is not None:
         steps = steps * data.input_scales[:, None]
-    numbers = CODEBOOKS[weight.codebook][data.codes] if weight.codebook in CODEBOOKS else data.codes
-    values = numbers.astype(np.float32)
+    values = decode(data.codes, weight.codebook).astype(np.float32)
     values -= zeros[group] if len(zeros) > 1 else zeros
     values *= steps
     return values, steps

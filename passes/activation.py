@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from types import MappingProxyType
 
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
@@ -22,6 +23,18 @@ def origin(tensor: gs.Tensor) -> gs.Tensor:
     return tensor
 
 
+_DEQUANTIZERS = ("DequantizeLinear", "TRT_FP8DequantizeLinear", "TRT_MXFP8DequantizeLinear")
+
+_PRODUCED = MappingProxyType(
+    {
+        "DynamicQuantizeLinear": int(TensorProto.UINT8),
+        "TRT_FP4DynamicQuantize": int(TensorProto.FLOAT4E2M1),
+        "TRT_FP8QuantizeLinear": int(TensorProto.FLOAT8E4M3FN),
+        "TRT_MXFP8DynamicQuantize": int(TensorProto.FLOAT8E4M3FN),
+    }
+)
+"""By op that rounds to one type, that type."""
+
 _CODE_TYPES = frozenset({TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT16, TensorProto.INT16})
 
 
@@ -34,14 +47,15 @@ def given_codes(x: gs.Tensor, weight: LowBitWeight, scope: Scope, linked: Linked
     known: dict[str, int | str] = {"k": weight.k, "n": weight.n, "format": weight.format}
     start = origin(x)
     node = start.inputs[0] if start.inputs else None
-    if node is None or node.op != "DequantizeLinear" or scope.constant(node.inputs[0]) is not None:
+    if node is None or node.op not in _DEQUANTIZERS or scope.constant(node.inputs[0]) is not None:
         return None
     codes, scale = node.inputs[0], node.inputs[1]
     zero_point = optional_input(node, 2)
     element_type = _code_type(codes, zero_point, scope)
     if element_type is None or element_type not in _CODE_TYPES:
         name = "unknown" if element_type is None else type_name(element_type)
-        raise _not_followed(codes, f"of type {name}; 8 or 16 bits are needed", known)
+        needed = "8 or 16 bits are needed, or --activations upgrade, which leaves the rounding out"
+        raise _not_followed(codes, f"of type {name}; {needed}", known)
     for tensor, what in ((scale, "scale"), (zero_point, "zero point")):
         if tensor is not None and not linked.is_single(scope, tensor):
             raise _not_followed(codes, f"whose {what} {tensor.name!r} is not one value", known)
@@ -69,8 +83,8 @@ def _code_type(codes: gs.Tensor, zero_point: gs.Tensor | None, scope: Scope) -> 
     producer = codes.inputs[0] if codes.inputs else None
     if producer is not None and producer.op == "Cast":
         return int(producer.attrs["to"])
-    if producer is not None and producer.op == "DynamicQuantizeLinear":
-        return int(TensorProto.UINT8)
+    if producer is not None and producer.op in _PRODUCED:
+        return _PRODUCED[producer.op]
     if producer is not None and producer.op == "QuantizeLinear":
         own = scope.constant(producer.inputs[2]) if len(producer.inputs) > 2 else None
         return int(own.data_type if own is not None else producer.attrs.get("output_dtype", 0) or TensorProto.UINT8)

@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from msd_compiler.runtime_ops.matmul.layout import Codebook
 from onnx import TensorProto
 
 from msd_compiler.errors import ModelError
 from msd_compiler.facts import LowBitWeight, ReasonCode, Reject, WeightData, describe_format
-from msd_compiler.linked import Linked
+from msd_compiler.linked import Linked, Scope
 from msd_compiler.pattern import Match
 from msd_compiler.source import Source, type_name
 from msd_compiler.weight_view import NotAligned, WeightView
 
 from .codes import (
-    CODE_BITS,
+    CODEBOOK_OF,
     FLOAT_TYPES,
     SIGNED,
+    WEIGHT_BITS,
     Codes,
     StoredCodes,
     code_range,
     integers,
+    middle,
     refuse_type,
     shared,
+    unit,
     unsigned,
 )
 from .quantized_constant import quantized_constant
+from .scales import Scales, read_scales
 
 MOST_EXPERTS = 1024
 """Matrices of one weight that become a product each."""
+
+FORMAT_KEY = "msd.format"
+"""Entry of a node's ``metadata_props`` that names the format of codes for which ONNX has no type."""
+
+FORMATS = {"e1m2": (TensorProto.INT4, TensorProto.INT8)}
+"""Its values, and the types that carry them: E1M2 is 0.25 times an integer from -7 to 7, the 0.25 being in the scales."""
+
+_FLOAT4 = {TensorProto.FLOAT8E8M0: "mxfp4", TensorProto.FLOAT8E4M3FN: "nvfp4"}
+"""What FLOAT4E2M1 is called, by what its scales are stored as."""
+
+_SMALLEST_SCALE = np.finfo(np.float32).tiny
+"""Scales of a float type's codes below it count as zero, as such activations do: flush-to-zero changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +63,14 @@ class DequantizedWeight(LowBitWeight):
     codes: Codes
     width: int
     """Bits that the codes and zero points need."""
-    scales: TensorProto
+    scales: Scales
     zero_points: TensorProto | None
     view: WeightView
     """Dimensions ``[..., K, N]``."""
     index: tuple[int, ...]
     """Which matrix of the leading dimensions."""
+    named_format: str | None = None
+    """What the file says that the codes are."""
 
     @property
     def k(self) -> int:  # type: ignore[override]
@@ -66,7 +85,12 @@ class DequantizedWeight(LowBitWeight):
     @property
     def bits(self) -> int:  # type: ignore[override]
         """Width of the codes; 8 where zero points along K are taken into them."""
-        return 8 if self._scales_are_inputs and self.zero_points is not None else self.width
+        return 8 if self._is_centred else self.width
+
+    @property
+    def codebook(self) -> Codebook:  # type: ignore[override]
+        """See `LowBitWeight`."""
+        return Codebook.INTEGER if self._is_centred else CODEBOOK_OF.get(self.codes.data_type, Codebook.INTEGER)
 
     @property
     def block_size(self) -> int | None:  # type: ignore[override]
@@ -82,8 +106,15 @@ class DequantizedWeight(LowBitWeight):
         varies_along_n = any(a.varies for a in self.view.dims[-1])
         granularity = "per input" if self._scales_are_inputs else "per channel" if varies_along_n else "per tensor"
         zero_points = "zero points" if self.zero_points is not None else ""
-        kind = f"{'int' if self.codes.data_type in SIGNED else 'uint'}{self.width}"
-        return describe_format(kind, self.block_size, granularity, zero_points)
+        return describe_format(self._kind, self.block_size, granularity, zero_points)
+
+    @property
+    def _kind(self) -> str:
+        if self.named_format is not None:
+            return self.named_format
+        if self.codes.data_type == TensorProto.FLOAT4E2M1:
+            return _FLOAT4.get(self.scales.stored.data_type, "fp4")
+        return f"{'int' if self.codes.data_type in SIGNED else 'uint'}{self.width}"
 
     @property
     def is_plain(self) -> bool:  # type: ignore[override]
@@ -97,35 +128,42 @@ class DequantizedWeight(LowBitWeight):
         return self.view.block_size(len(self.view.dims) - 2) == 1 and not any(a.varies for a in n) and len(k) > 0
 
     @property
-    def _scales_are_in(self) -> str:
-        return f"{self.source.name}: {self.where}, scales {self.scales.name!r}"
+    def _is_centred(self) -> bool:
+        """Whether zero points are taken from the codes, for along K they cannot stay beside them."""
+        return self._scales_are_inputs and self.zero_points is not None
 
     def load(self) -> WeightData:
         """See `LowBitWeight`."""
-        bits, signed = self.width, self.codes.data_type in SIGNED
-        middle = 1 << (bits - 1) if signed else 0
+        kind = self.codes.data_type
         codes = self._matrix(self.view.arrange_codes(self.codes.array(self._part)))[: self.k, : self.n]
-        scales = self._columns(self.source.array(self.scales).astype(np.float32))
-        if self.zero_points is None:
-            zero_points = np.zeros((1, 1), np.int16)
-        else:
-            zero_points = integers(self.source.array(self.zero_points))
-            zero_points = self._columns(zero_points) if zero_points.any() else np.zeros((1, 1), np.int16)
+        scales = self._columns(self.scales.array())
+        if kind in CODEBOOK_OF:
+            scales = scales * unit(kind)
+            scales[np.abs(scales) < _SMALLEST_SCALE] = 0
+        data = WeightData(codes, scales, self._zero_points() + middle(kind, self.width))
+        data = self._centred(data) if self._is_centred else replace(data, codes=unsigned(codes, kind, self.width))
         if self._scales_are_inputs:
-            return self._scaled_inputs(integers(codes), scales, zero_points, middle).checked(self._scales_are_in)
-        return WeightData(
-            unsigned(codes, bits, signed=signed), scales, shared((zero_points + middle).astype(np.uint8))
-        ).checked(self._scales_are_in)
+            ones = np.ones((1, self.n), np.float32)
+            data = replace(data, scales=ones, input_scales=scales[:, 0].copy())
+        data = replace(data, zero_points=shared(data.zero_points.astype(np.uint8)))
+        return data.checked(f"{self.source.name}: {self.where}, scales {self.scales.name!r}")
 
-    def _scaled_inputs(self, codes: np.ndarray, scales: np.ndarray, zero_points: np.ndarray, middle: int) -> WeightData:
-        """Codes centred row by row: zero points along K cannot stay beside them."""
-        centred = codes - zero_points if zero_points.any() else codes
-        lowest = min(int(centred.min()), 0 if zero_points.any() else -middle)
+    def _zero_points(self) -> np.ndarray:
+        """``[groups or 1, N]``, or ``[1, 1]`` if all are 0."""
+        none = np.zeros((1, 1), np.int16)
+        if self.zero_points is None:
+            return none
+        zero_points = integers(self.source.array(self.zero_points), self.codes.data_type)
+        return self._columns(zero_points) if zero_points.any() else none
+
+    def _centred(self, data: WeightData) -> WeightData:
+        """Codes less zero points, raised to be unsigned."""
+        kind = self.codes.data_type
+        centred = integers(data.codes, kind) - (data.zero_points - middle(kind, self.width))
+        lowest = min(int(centred.min()), 0)
         if int(centred.max()) - lowest > 255:
             raise ModelError(f"{self.where}: codes less zero points span more than 255")  # read() has seen to that
-        ones = np.ones((1, self.n), np.float32)
-        zero = np.full((1, 1), -lowest, np.uint8)
-        return WeightData((centred - lowest).astype(np.uint8), ones, zero, input_scales=scales[:, 0].copy())
+        return replace(data, codes=(centred - lowest).astype(np.uint8), zero_points=np.full((1, 1), -lowest))
 
     @property
     def _part(self) -> int | None:
@@ -148,7 +186,7 @@ def read_dequantized(m: Match, linked: Linked, *, transposed: bool) -> tuple[tup
     """The weight matrices behind a ``DequantizeLinear`` and the ops after it, and their element type.
 
     Args:
-        m: binds ``dequantize``, whose codes are stored or a `quantized_constant`, with constant ``scales`` and perhaps
+        m: binds ``dequantize``, whose codes are stored or a `quantized_constant`, with `scales.SCALES` and perhaps constant
             ``zero_points``; and ``chain``, the Cast, Identity, Reshape, Transpose nodes between it and the product.
         linked: the model.
         transposed: the product takes the matrices as ``[N, K]``.
@@ -159,18 +197,18 @@ def read_dequantized(m: Match, linked: Linked, *, transposed: bool) -> tuple[tup
     """
     source, dequantize = linked.source, m.op("dequantize")
     where = f"{dequantize.op} {dequantize.name or dequantize.outputs[0].name!r}"
-    scales, stored_zero = m.scope.constant(m.tensor("scales")), m.maybe("zero_points")
+    stored_zero = m.maybe("zero_points")
     zero_points = None if stored_zero is None else m.scope.constant(stored_zero)
-    assert scales is not None
     codes = _codes(m, linked)
     refuse_type(f"weight {codes.name!r} is", codes.data_type)
-    if scales.data_type not in FLOAT_TYPES:
-        raise Reject(
-            ReasonCode.WEIGHT_TYPE, f"scales {scales.name!r} are {type_name(scales.data_type)}; a float type is needed"
-        )
-
+    scales = read_scales(m, linked)
     view = _stored_view(source, where, dequantize, codes, scales, zero_points)
-    element_type = int(dequantize.attrs.get("output_dtype", 0) or scales.data_type)
+    element_type = int(dequantize.attrs.get("output_dtype", 0) or scales.element_type)
+    if element_type == TensorProto.FLOAT8E8M0:
+        raise ModelError(
+            f"{source.name}: {where}: its scales {scales.name!r} are float8e8m0, and it has no output_dtype; "
+            "with such scales it must say which float type it produces"
+        )
     try:
         for node in m.chain("chain"):
             if node.op == "Cast":
@@ -206,8 +244,10 @@ def read_dequantized(m: Match, linked: Linked, *, transposed: bool) -> tuple[tup
         )
     indices = list(np.ndindex(*view.shape[:-2])) if len(view.dims) > 2 else [()]
     width = _width(codes, zero_points, source)
+    named = _named_format(m.scope, dequantize, codes)
     weights = tuple(
-        DequantizedWeight(source, where, codes, width, scales, zero_points, view, tuple(index)) for index in indices
+        DequantizedWeight(source, where, codes, width, scales, zero_points, view, tuple(index), named)
+        for index in indices
     )
     _check_groups(weights[0] if weights else None, codes.name)
     return weights, element_type
@@ -221,14 +261,26 @@ def _codes(m: Match, linked: Linked) -> Codes:
     return StoredCodes(linked.source, stored)
 
 
+def _named_format(scope: Scope, dequantize: gs.Node, codes: Codes) -> str | None:
+    """What the node's metadata says that the codes are, if the codes can be that."""
+    at: Scope | None = scope
+    while at is not None and at.position(dequantize) is None:
+        at = at.parent
+    if at is None:
+        return None
+    node = at.proto.node[at.position(dequantize)]
+    named = next((entry.value for entry in node.metadata_props if entry.key == FORMAT_KEY), "")
+    return named if codes.data_type in FORMATS.get(named, ()) else None
+
+
 def _width(codes: Codes, zero_points: TensorProto | None, source: Source) -> int:
     """Bits that codes and zero points need: Brevitas keeps 4-bit codes in int8, between two bounds."""
-    stored = CODE_BITS[codes.data_type]
+    stored = WEIGHT_BITS[codes.data_type]
     if codes.bounds == code_range(codes.data_type):
         return stored
     used = list(codes.bounds)
     if zero_points is not None:
-        used += [int(z) for z in integers(source.array(zero_points)).reshape(-1)]
+        used += [int(z) for z in integers(source.array(zero_points), codes.data_type).reshape(-1)]
     for bits in (2, 4):
         half = 1 << (bits - 1)
         lowest, highest = (-half, half - 1) if codes.data_type in SIGNED else (0, 2 * half - 1)
@@ -242,7 +294,7 @@ def _stored_view(
     where: str,
     dequantize: gs.Node,
     codes: Codes,
-    scales: TensorProto,
+    scales: Scales,
     zero_points: TensorProto | None,
 ) -> WeightView:
     rank = len(codes.dims)
@@ -251,7 +303,7 @@ def _stored_view(
         raise ModelError(f"{source.name}: {where} has axis {axis}, but its weight {codes.name!r} has rank {rank}")
     axis = axis % rank if axis < rank else rank - 1
     try:
-        view = WeightView.stored_as(codes.dims, tuple(scales.dims), axis, int(dequantize.attrs.get("block_size", 0)))
+        view = WeightView.stored_as(codes.dims, scales.dims, axis, int(dequantize.attrs.get("block_size", 0)))
     except ValueError as error:
         raise ModelError(f"{source.name}: {where}: scales {scales.name!r} have {error}") from error
     if zero_points is not None:
@@ -260,9 +312,10 @@ def _stored_view(
                 f"{source.name}: {where}: zero points {zero_points.name!r} are {type_name(zero_points.data_type)}, "
                 f"expected the codes' type {type_name(codes.data_type)}"
             )
-        if prod(zero_points.dims) != prod(scales.dims) or (len(scales.dims) > 1 and zero_points.dims != scales.dims):
+        dims = tuple(zero_points.dims)
+        if prod(dims) != prod(scales.dims) or (len(scales.dims) > 1 and dims != scales.dims):
             raise ModelError(
-                f"{source.name}: {where}: zero points {zero_points.name!r} have shape {list(zero_points.dims)}, "
+                f"{source.name}: {where}: zero points {zero_points.name!r} have shape {list(dims)}, "
                 f"expected that of the scales, {list(scales.dims)}"
             )
     return view
@@ -293,7 +346,7 @@ def _check_groups(weight: DequantizedWeight | None, name: str) -> None:
         )
     if weight._scales_are_inputs and weight.zero_points is not None:
         span = 2**weight.width - 1
-        zero_points = integers(weight.source.array(weight.zero_points))
+        zero_points = integers(weight.source.array(weight.zero_points), weight.codes.data_type)
         if span + int(zero_points.max()) - int(zero_points.min()) > 255:
             raise Reject(
                 ReasonCode.SCALE_LAYOUT,

@@ -9,7 +9,18 @@ from math import gcd, prod
 
 import numpy as np
 import onnx
-from msd_compiler.runtime_ops.matmul.layout import LAYOUT, LONGEST_GROUP, Plan, Storage, pack_codes, pack_columns
+from msd_compiler.runtime_ops.matmul.layout import (
+    CODEBOOKS,
+    LAYOUT,
+    LONGEST_GROUP,
+    ActivationFormat,
+    Codebook,
+    Plan,
+    Storage,
+    pack_codes,
+    pack_columns,
+)
+from msd_compiler.runtime_ops.matmul.mx import BLOCK as MX_BLOCK
 from msd_compiler.runtime_ops.matmul_integer_to_float.layout import LONGEST_GROUP as LONGEST_GROUP_OF_CODES
 from msd_compiler.runtime_ops.matmul_integer_to_float.layout import LONGEST_SUM, CodesPlan
 from onnx import TensorProto, helper
@@ -25,18 +36,22 @@ DEFAULT_GROUP = 128
 def plan_of(fact: QuantizedLinear, choice: Choice) -> Plan | CodesPlan:
     """The op's plan for a layer's weights.
 
-    A group is the weight's block, or a part of one that is longer than a group may be.
+    A group is the weight's block, or a part of one that is longer than a group, or a block of an MX format, may be.
     """
     weight, codes = fact.weight, fact.codes
     longest = LONGEST_GROUP if codes is None else LONGEST_GROUP_OF_CODES
     block = weight.block_size
-    if block is None:
+    if choice.activation is not ActivationFormat.INT8:
+        block = MX_BLOCK if block is None else _largest_divisor(block, MX_BLOCK)
+    elif block is None:
         block = min(DEFAULT_GROUP, weight.k)
     elif block > longest:
         block = gcd(block, DEFAULT_GROUP) if gcd(block, DEFAULT_GROUP) >= 32 else _largest_divisor(block, longest)
     if codes is not None:
-        return CodesPlan(weight.k, weight.bits, block, codes.bits, codes.signed)
-    return Plan(weight.k, weight.bits, block, choice.terms, choice.per_row)
+        bits = weight.bits if weight.codebook is Codebook.INTEGER else 8
+        return CodesPlan(weight.k, bits, block, codes.bits, codes.signed)
+    storage = (weight.k, weight.bits, block)
+    return Plan(*storage, choice.terms, choice.per_row, codebook=weight.codebook, activation=choice.activation)
 
 
 def _largest_divisor(block: int, longest: int) -> int:
@@ -166,6 +181,7 @@ def _product_of_codes(
     scale = str(codes.scale.name)
     if fact.element_type != TensorProto.FLOAT:
         scale = build.node("Cast", scale, to=TensorProto.FLOAT)
+    b = data.codes if weight.codebook is Codebook.INTEGER else CODEBOOKS[weight.codebook][data.codes]
     scales = _by_group(data.scales * np.float32(fact.alpha), weight, plan)
     if len(scales) == 1 and (weight.k > LONGEST_SUM or len(data.zero_points) > 1):
         scales = np.repeat(scales, plan.groups, axis=0)  # then all K is not one sum
@@ -174,7 +190,7 @@ def _product_of_codes(
         x,
         scale,
         str(zero_point),
-        build.constant("B", pack_codes(data.codes, plan)),
+        build.constant("B", pack_codes(b, plan)),
         build.constant("scales", pack_columns(scales)),
         build.constant("zero_points", _columns(data.zero_points, weight, plan)),
         build.constant("bias", bias),

@@ -15,7 +15,7 @@ from msd_compiler.pattern import DEFAULT_DOMAINS, Any, Chain, Const, Match, Mayb
 from msd_compiler.source import Source, release, type_name
 from msd_compiler.weight_view import WeightView
 
-from .codes import FLOAT_TYPES, SIGNED, Codes, code_range, refuse_type
+from .codes import CODE_BITS, FLOAT_TYPES, SIGNED, Codes, code_range, refuse_type
 
 _AT_ONCE = 2**20
 """Elements divided at a time: what that needs beside the codes stays small."""
@@ -138,7 +138,7 @@ def _code_type(node: gs.Node, zero_points: TensorProto | None, where: str) -> in
             f"expected the output's type {type_name(asked)}"
         )
     data_type = asked or (TensorProto.UINT8 if zero_points is None else int(zero_points.data_type))
-    refuse_type("its weight is quantized to", data_type)
+    refuse_type("its weight is quantized to", data_type, CODE_BITS)
     return data_type
 
 

@@ -10,24 +10,26 @@ import typing
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from msd_compiler.constant_values import DEQUANTIZER_DOMAINS, DEQUANTIZERS
 from msd_compiler.facts import QuantizedLinear, ReasonCode, Reject
 from msd_compiler.linked import Linked
-from msd_compiler.pattern import DEFAULT_DOMAINS, Any, Chain, Const, Match, Maybe, OneOf, Op
+from msd_compiler.pattern import Any, Chain, Const, Match, Maybe, OneOf, Op
 from msd_compiler.reader import Reader
 
 from .activation import given_codes, rows_of, transposed
 from .constants import row_vector
 from .dequantized_weight import DequantizedWeight, read_dequantized
 from .quantized_constant import CLIP, QUANTIZE
+from .scales import SCALES
 
 DEQUANTIZED = Chain(
     ("Cast", "Identity", "Reshape", "Transpose"),
     Op(
-        ("DequantizeLinear", "TRT_INT4DequantizeLinear"),  # the second as modelopt writes the first for TensorRT
+        DEQUANTIZERS,
         OneOf((Const("codes"), QUANTIZE, CLIP)),
-        Const("scales"),
+        SCALES,
         Maybe(Const("zero_points")),
-        domains=(*DEFAULT_DOMAINS, "com.microsoft", "trt"),
+        domains=DEQUANTIZER_DOMAINS,
         name="dequantize",
     ),
     name="chain",

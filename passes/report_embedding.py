@@ -10,7 +10,7 @@ from msd_compiler.pattern import DEFAULT_DOMAINS, Any, Chain, Const, Match, Mayb
 from msd_compiler.reader import Reader
 from msd_compiler.source import type_name
 
-from .codes import CODE_BITS
+from .codes import WEIGHT_BITS
 
 _DOMAINS = (*DEFAULT_DOMAINS, "com.microsoft")
 _SCALES = (Any("scales"), Maybe(Any("zero_points")))
@@ -43,7 +43,7 @@ class ReportEmbedding(Reader):
         """See `Reader`."""
         codes, scales = m.scope.constant(m.tensor("codes")), m.scope.constant(m.tensor("scales"))
         assert codes is not None
-        if codes.data_type not in CODE_BITS or len(codes.dims) < 2:
+        if codes.data_type not in WEIGHT_BITS or len(codes.dims) < 2:
             return  # one row, or a vector of numbers
         lookup, zero_points = m.op("lookup"), "" if m.maybe("zero_points") is None else "zero points"
         if lookup.op == "GatherBlockQuantized":

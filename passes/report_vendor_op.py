@@ -15,9 +15,10 @@ from .activation import origin
 
 _NOT_INTEGERS = MappingProxyType(
     {
-        ("trt", "TRT_FP8DequantizeLinear"): "its codes are float8",
-        ("trt", "TRT_MXFP8DequantizeLinear"): "its codes are float8",
-        ("trt", "TRT_FP4DynamicQuantize"): "its codes are float4",
+        ("trt", "TRT_FP8DequantizeLinear"): "its codes are float8, which has no small-integer form",
+        ("trt", "TRT_MXFP8DequantizeLinear"): "its codes are float8, which has no small-integer form",
+        ("trt", "TRT_FP4DynamicQuantize"): "it rounds to float4 as the model runs",
+        ("trt", "TRT_FP4QDQ"): "it rounds to float4 as the model runs",
         ("com.amd.quark", "ExtendedDequantizeLinear"): "its codes may be of types that ONNX's own op does not have",
         ("com.amd.quark", "BFPQuantizeDequantize"): "it rounds to block floating point",
         ("com.amd.quark", "MXQuantizeDequantize"): "it rounds to a microscaling format",
@@ -42,7 +43,7 @@ class ReportVendorOp(Reader):
                 raise Reject(
                     ReasonCode.WEIGHT_TYPE,
                     f"its weight comes from {node.domain}.{node.op} {node.name or node.outputs[0].name!r}: {why}; "
-                    "integers of 2, 4 or 8 bits are multiplied directly",
+                    "stored integers of 2, 4 or 8 bits and float4 are multiplied directly",
                 )
 
 

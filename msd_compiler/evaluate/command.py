@@ -39,6 +39,10 @@ def evaluate(
         bool, typer.Option("--per-site", help="also each layer's own error on the text's activations")
     ] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg|png", help="draw it, too")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html|json", help="the report that RESULT carries, with what is found here"),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")] = False,
 ) -> None:
     """Measure perplexity, KL divergence and changed tokens on a text, against the model's exact meaning.
@@ -46,8 +50,10 @@ def evaluate(
     Run are the source in a default session, the same with all accuracy levels at 0, and the results; every model sees the text's
     tokens, whatever it predicts. A flip is a top token that is not the oracle's; its margin, what it is short of in logits.
     """
+    from ..page import write_report
     from ..picture import check_plot
     from ..screen import progress_bars
+    from .attach import carried_report, check_report, with_evaluation
     from .measure import evaluate as measure
     from .plot import plot as draw
     from .tokens import read_text, read_tokens, tokenizer_beside
@@ -60,6 +66,10 @@ def evaluate(
         raise OptionError("--tokenizer is for --text")
     if plot is not None:
         check_plot(plot)
+    carried = None
+    if report is not None:
+        check_report(report, [source, *(results or [])])
+        carried = carried_report(source, results or [])
     windows = Windows(window, stride, batch)
     if text is not None:
         given = read_text(text, tokenizer or tokenizer_beside(source))
@@ -79,9 +89,12 @@ def evaluate(
         )
     if plot is not None:
         draw(found, plot)
+    if report is not None and carried is not None:
+        write_report(with_evaluation(carried, found), report)
     if json_:
         print(found.json_text(), end="")
         return
     Console().print(view(found))
-    if plot is not None:
-        Console().print(f"wrote {plot}", soft_wrap=True)
+    for path in (plot, report):
+        if path is not None:
+            Console().print(f"wrote {path}", soft_wrap=True)

@@ -9,6 +9,9 @@ DECADES = (-18, 3)
 
 BINS_PER_DECADE = 4
 
+DEFAULT, LEVEL_ZERO = "default session", "accuracy level 0"
+"""Names of the source's own runs."""
+
 
 class _Row(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -89,6 +92,15 @@ class Evaluation(_Row):
     runs: list[RunRow]
     sites: list[SiteNoise] | None = Field(None, description="if asked for: largest int8_ratio first")
     notes: list[str] = Field(default_factory=list)
+
+    @property
+    def results(self) -> list[RunRow]:
+        """The runs of results, in the order given."""
+        return [run for run in self.runs if run.name not in (DEFAULT, LEVEL_ZERO)]
+
+    def run(self, name: str) -> RunRow | None:
+        """A run by name; None: it is not among them."""
+        return next((run for run in self.runs if run.name == name), None)
 
     def json_text(self) -> str:
         """As a JSON document."""

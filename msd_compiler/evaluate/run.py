@@ -22,11 +22,9 @@ from ..oracle import is_widened, levels_at_zero
 from ..oracle_session import open_oracle
 from ..runtime import SAY_NOTHING, RuntimeRefused, open_model
 from ..source import Source
+from .report import DEFAULT, LEVEL_ZERO
 from .tokens import Tokens
 from .windows import Batch
-
-DEFAULT, LEVEL_ZERO = "default session", "accuracy level 0"
-"""Names of the source's own runs."""
 
 _LEVEL = {"session.qdq_matmulnbits_accuracy_level": "0"}
 """What keeps ``DequantizeLinear -> MatMul``, too, from rounding activations in a default session."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..crests import with_outputs
 from ..errors import ModelError
-from ..facts import LowBitWeight, QuantizedLinear
+from ..facts import QuantizedLinear
 from ..inline import inlined
 from ..linked import Linked
 from ..oracle_session import open_oracle
@@ -25,6 +25,7 @@ from ..runtime import run
 from ..runtime_ops.matmul.reference import LIMITS
 from ..source import Source
 from ..verification import Progress, silent
+from ..weights import float_values
 from .report import SiteNoise
 from .run import Run
 from .windows import Batch
@@ -98,7 +99,8 @@ def _noise(site: Site, x: np.ndarray) -> SiteNoise:
     fact = site.found
     assert isinstance(fact, QuantizedLinear)
     weight, block = fact.weight, fact.weight.block_size or min(GROUP, fact.weight.k)
-    values, steps = _values_and_steps(weight)
+    values, steps = float_values(weight)
+    steps = steps * np.any(values, axis=1, keepdims=True)  # rows of zeros count as exact
     exact = np.sum((x @ values).astype(np.float64) ** 2, axis=1)
     alive = exact > 0
     x, exact = x[alive], exact[alive]
@@ -120,23 +122,6 @@ def _noise(site: Site, x: np.ndarray) -> SiteNoise:
         int8_ratio=errors[1] / weight_error if weight_error else 0.0,
         msd_ratio=errors[2] / weight_error if weight_error else 0.0,
     )
-
-
-def _values_and_steps(weight: LowBitWeight) -> tuple[np.ndarray, np.ndarray]:
-    """``W[k, n]``, and how far apart two neighbouring values of it are, 0 in rows of zeros; float32."""
-    data = weight.load()
-    block = weight.block_size or weight.k
-    group = np.arange(weight.k) // block if len(data.scales) > 1 else np.zeros(weight.k, np.int64)
-    steps = np.broadcast_to(data.scales[group], data.codes.shape).astype(np.float32)
-    zeros: np.ndarray = data.zero_points.astype(np.float32)
-    if data.offsets is not None:
-        zeros = zeros + data.offsets
-    if data.input_scales is not None:
-        steps = steps * data.input_scales[:, None]
-    values = data.codes.astype(np.float32)
-    values -= zeros[group] if len(zeros) > 1 else zeros
-    values *= steps
-    return values, steps * np.any(values, axis=1, keepdims=True)
 
 
 def _blocks(x: np.ndarray, block: int) -> Iterator[slice]:

@@ -6,8 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ..screen import distance_text, number_of, titled_table
-from .report import Evaluation, RunRow, SiteNoise
-from .run import DEFAULT, LEVEL_ZERO
+from .report import DEFAULT, LEVEL_ZERO, Evaluation, RunRow, SiteNoise
 
 _FLIPS, _SITES = 5, 12
 """Rows that are listed: flips of each run, layers."""

@@ -1,6 +1,7 @@
 """The report as one HTML page, which needs nothing but itself: no network, no other file.
 
-`words` says what it says, `drawing` and `plots` draw; `page.html.jinja` puts them together with `page.css` and `page.js`.
+`words` and `evaluation` say what it says, `drawing` and `plots` draw; `page.html.jinja` puts them together with `page.css` and
+`page.js`.
 What comes from a model (names, paths) is untrusted: the template escapes all of it, and the page's script makes text of it.
 """
 
@@ -15,9 +16,9 @@ from markupsafe import Markup
 from ..aside import Aside
 from ..errors import OptionError, OutputError
 from ..report import Report, SiteRow
-from . import words
+from . import evaluation, units, words
 from .drawing import Drawing, drawings
-from .plots import chosen, plots
+from .plots import chosen, measured_seconds, plots
 
 FORMATS = (".json", ".html")
 
@@ -70,6 +71,10 @@ def page(report: Report) -> str:
         drawings=list(distinct),
         outputs=sorted(outputs, key=lambda row: (row.argmax is None, -row.relative_l2)),
         flips=words.flips(outputs),
+        evaluation=evaluation,
+        evaluation_plots=evaluation.evaluation_plots(report),
+        noise=evaluation.noise_of_sites(report),
+        measured_seconds=measured_seconds,
         data=_embedded(report),
         css=_asset("page.css"),
         js=_asset("page.js"),
@@ -87,9 +92,9 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         "agreement": words.agreement,
-        "amount": words.amount,
-        "clock": words.clock,
-        "distance": words.distance,
+        "amount": units.amount,
+        "clock": units.clock,
+        "distance": units.distance,
         "size": _size,
         "chosen": chosen,
     }

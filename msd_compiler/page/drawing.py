@@ -84,7 +84,7 @@ def _op_of(site: SiteRow, ops: list[str]) -> str:
 def _note(site: SiteRow) -> str:
     if site.terms is None:
         return "activations stay float"
-    terms = f"{site.terms} INT8 term{'s' if site.terms > 1 else ''}"
+    terms = site.activation or f"{site.terms} INT8 term{'s' if site.terms > 1 else ''}"
     return terms if site.group is None else f"{terms}, groups of {site.group}"
 
 

@@ -2,7 +2,8 @@
 
 const report = JSON.parse(document.getElementById("report").textContent);
 const phases = report.pricing ? report.pricing.phases : [];
-const measured = new Map(((report.verification || {}).sites || []).map((site) => [site.node, site.relative_l2]));
+const alone = new Map(((report.verification || {}).sites || []).map((site) => [site.node, site.relative_l2]));
+const noise = new Map(((report.evaluation || {}).sites || []).map((site) => [site.node, site]));
 
 /* An element; children are elements or text, never markup: names come from the model. */
 function element(tag, className, ...children) {
@@ -33,6 +34,9 @@ theme.addEventListener("click", () => {
 systemDark.addEventListener("change", showTheme);
 showTheme();
 theme.hidden = false;
+
+/* On paper everything is shown. */
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => (one.open = true)));
 
 const download = document.getElementById("download");
 download.addEventListener("click", () => {
@@ -134,6 +138,7 @@ function detailOf(row) {
   const inside = element("div", "");
   for (const text of [site.reason, site.device_rule]) if (text) inside.append(element("p", "said", text));
   inside.append(drawings, factsOf(site));
+  if (site.measured && site.measured.length) inside.append(timesOf(site));
   if (site.candidates && site.candidates.length) inside.append(candidatesOf(site));
   const cell = element("td", "", inside);
   cell.colSpan = row.cells.length;
@@ -149,21 +154,58 @@ function factsOf(site) {
     "heads": site.heads && `${site.heads}, of keys and values ${site.kv_heads || site.heads}, size ${site.head_size}`,
     "scale shared by": site.group && `${site.group} steps of K`,
     "activation off by at most": site.error_bound !== undefined && `${distance(site.error_bound)} of its group’s largest`,
-    "measured alone": measured.has(site.node) && distance(measured.get(site.node)),
+    "measured alone": alone.has(site.node) && distance(alone.get(site.node)),
     "weight in the result": site.weight_bytes && amount(site.weight_bytes),
     "cache, a token": site.cache_bytes && `${amount(site.source_cache_bytes)} → ${amount(site.cache_bytes)}`,
     "other kinds take": site.margin !== undefined && `${(100 * Math.abs(site.margin)).toFixed(0)} % ${site.margin < 0 ? "less" : "longer"}`,
   };
+  const own = noise.get(site.node);
+  if (own) {
+    facts["crest on the text"] = own.crest.toPrecision(3);
+    facts["weights off by a rounding"] = distance(own.weight_error);
+    facts["activations in int8"] = `${distance(own.int8_error)}, ${own.int8_ratio.toPrecision(2)} of that`;
+    facts["in two INT8 terms"] = `${distance(own.msd_error)}, ${own.msd_ratio.toPrecision(2)} of that`;
+  }
   for (const [name, value] of Object.entries(facts)) if (value) list.append(element("dt", "", name), element("dd", "", value));
   return list;
 }
 
+function heading(text, className, scope = "col") {
+  const made = element("th", className || "", text);
+  made.scope = scope;
+  return made;
+}
+
+/* What a site took, beside what was predicted. */
+function timesOf(site) {
+  const [kept, chosen] = [site.candidates?.[0], site.candidates?.find((candidate) => candidate.name === site.choice)];
+  const head = element("tr", "", heading("Time"));
+  for (const name of ["Before", "as predicted", "Now", "as predicted"]) head.append(heading(name, "number"));
+  const body = element("tbody");
+  for (const row of site.measured) {
+    const at = phases.findIndex((phase) => phase.name === row.phase);
+    const made = element("tr", "", heading(row.phase, "", "row"));
+    for (const [ms, candidate] of [[row.before_ms, kept], [row.after_ms, chosen]])
+      made.append(
+        element("td", "number", clock(ms === undefined ? ms : ms / 1e3)),
+        element("td", "number", clock(candidate?.phases?.[at]?.seconds)),
+      );
+    body.append(made);
+  }
+  return framed("Measured times", site, element("thead", "", head), body);
+}
+
+/* A table in the detail of a site, which scrolls sideways where the window is narrow. */
+function framed(name, site, ...children) {
+  const table = element("table", "", ...children);
+  const frame = element("div", "candidates", table);
+  frame.tabIndex = 0;
+  frame.setAttribute("role", "region");
+  for (const one of [table, frame]) one.setAttribute("aria-label", `${name} of ${site.node}`);
+  return frame;
+}
+
 function candidatesOf(site) {
-  const heading = (text, className) => {
-    const made = element("th", className, text);
-    made.scope = "col";
-    return made;
-  };
   const head = element("tr", "", heading("Candidate"));
   for (const phase of phases) head.append(heading(phase.name, "number"));
   head.append(heading("Mean", "number"), heading("Bytes", "number"), heading("Error", "number"), heading("Why not"));
@@ -177,9 +219,7 @@ function candidatesOf(site) {
   const body = element("tbody");
   for (const candidate of site.candidates) {
     const priced = candidate.phases || [];
-    const name = element("th", "", candidate.name);
-    name.scope = "row";
-    const row = element("tr", candidate === chosen ? "chosen" : "", name);
+    const row = element("tr", candidate === chosen ? "chosen" : "", heading(candidate.name, "", "row"));
     phases.forEach((_, i) => row.append(element("td", "number", clock(priced[i]?.seconds))));
     const bytes = priced.length ? priced.reduce((sum, price, i) => sum + phases[i].share * price.bytes, 0) : undefined;
     row.append(
@@ -190,11 +230,5 @@ function candidatesOf(site) {
     );
     body.append(row);
   }
-  const table = element("table", "", element("thead", "", head), body);
-  table.setAttribute("aria-label", `Candidates of ${site.node}`);
-  const frame = element("div", "candidates", table);
-  frame.tabIndex = 0; // it scrolls sideways where the window is narrow
-  frame.setAttribute("role", "region");
-  frame.setAttribute("aria-label", `Candidates of ${site.node}`);
-  return frame;
+  return framed("Candidates", site, element("thead", "", head), body);
 }

@@ -1,71 +1,31 @@
-"""The page's plots, drawn by matplotlib as SVG whose colours are the page's own, so that they follow light and dark."""
+"""The plots of sites: time, error, bytes, roofline, and what was measured beside what was predicted."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
-from ..report import CandidateRow, PricingRow, Report, SiteRow
-
-_INKS = {
-    "#010101": "var(--ink)",
-    "#020202": "var(--quiet)",
-    "#030303": "var(--line)",
-    "#040404": "var(--before)",
-    "#050505": "var(--after)",
-    "#060606": "var(--mark)",
-    "#666666": "var(--quiet)",  # the roof, which other pictures have in grey
-}
-"""Colours to draw with, and what the page's style sheet is to make of them."""
-_INK, _QUIET, _LINE, _BEFORE, _AFTER, _MARK, _ = _INKS
-
-_STYLE = {
-    "svg.fonttype": "none",  # text stays text: the page's font, found by a search, read aloud
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _QUIET,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.5,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _QUIET,
-    "ytick.labelcolor": _QUIET,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "text.color": _INK,
-    "font.size": 8.5,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "legend.labelcolor": _INK,
-    "lines.markersize": 4,
-}
+from ..report import CandidateRow, Measurement, PricingRow, Report, SiteRow
+from .figure import AFTER, BEFORE, LINE, MARK, QUIET, Plot, svg
+from .units import clock
 
 
 @dataclass(frozen=True)
-class Plot:
-    """A picture, what it is called, and what it says."""
-
-    name: str
-    title: str
-    text: str
-    svg: str
-
-
-@dataclass(frozen=True)
-class _Series:
+class Series:
     """Points over the sites' numbers."""
 
     label: str
     points: dict[int, float]
     style: dict[str, Any]
+
+
+HOLLOW = {"color": BEFORE, "marker": "o", "markerfacecolor": "none"}
+FULL = {"color": AFTER, "marker": "^", "markeredgewidth": 0}
+"""Marks of what was, and of what is."""
+
+_THIN = "\N{THIN SPACE}"
 
 
 def plots(report: Report) -> list[Plot]:
@@ -82,29 +42,30 @@ def plots(report: Report) -> list[Plot]:
 
     alone = {} if report.verification is None else {s.node: s.relative_l2 for s in report.verification.sites}
     measured = {number: alone[site.node] for number, site in sites if alone.get(site.node)}
-    crosses = [_Series("measured alone", measured, {"color": _MARK, "marker": "x", "markersize": 3.5})]
+    crosses = [Series("measured alone", measured, {"color": MARK, "marker": "x", "markersize": 3.5})]
     return [
         Plot(
             "time",
             "Predicted time per site",
             "Of a run, mean over the workload. Sites are numbered as in the table.",
-            _over_sites(_before_after(sites, lambda c: c.seconds), "seconds"),
+            over_sites("seconds", _before_after(sites, lambda c: c.seconds)),
         ),
+        *_measured_plots(report, pricing),
         Plot(
             "error",
             "Error per site",
             "Relative L2 of a site’s own output, predicted; the dashed line is the budget.",
-            _over_sites(
-                [*_before_after(sites, lambda c: c.error), *(crosses if measured else [])],
+            over_sites(
                 "relative L2",
-                pricing.budget,
+                [*_before_after(sites, lambda c: c.error), *(crosses if measured else [])],
+                (pricing.budget, "budget"),
             ),
         ),
         Plot(
             "bytes",
             "Bytes per site",
             "Read and written in a run, mean over the workload.",
-            _over_sites(_before_after(sites, moved), "bytes"),
+            over_sites("bytes", _before_after(sites, moved)),
         ),
         Plot(
             "roofline",
@@ -116,27 +77,121 @@ def plots(report: Report) -> list[Plot]:
     ]
 
 
-def _before_after(sites: Sequence[tuple[int, SiteRow]], value: Callable[[CandidateRow], float | None]) -> list[_Series]:
+def chosen(site: SiteRow) -> CandidateRow | None:
+    """The candidate that was taken."""
+    return next((candidate for candidate in site.candidates if candidate.name == site.choice), None)
+
+
+def measured_seconds(site: SiteRow, report: Report) -> tuple[float | None, float | None]:
+    """Before and after, mean over the workload as predictions are; None: not measured in every phase."""
+    phases = [] if report.pricing is None else report.pricing.phases
+    if not phases or len(site.measured) != len(phases):
+        return None, None
+
+    def mean(ms: Sequence[float | None]) -> float | None:
+        known = [one for one in ms if one is not None]
+        return sum(p.share * one / 1e3 for p, one in zip(phases, known, strict=True)) if len(known) == len(ms) else None
+
+    return mean([row.before_ms for row in site.measured]), mean([row.after_ms for row in site.measured])
+
+
+def _measured_plots(report: Report, pricing: PricingRow) -> list[Plot]:
+    measurement = report.measurement
+    if measurement is None:
+        return []
+    found = []
+    times = [(number, measured_seconds(site, report)) for number, site in enumerate(report.sites, 1)]
+    before = {number: was for number, (was, _) in times if was}
+    after = {number: now for number, (_, now) in times if now}
+    if before and after:
+        wholes = (f"{one.name} {_ms(one.before_ms)}, then {_ms(one.after_ms)}" for one in measurement.phases)
+        text = (
+            f"The same, by onnxruntime’s profiler, on {_machine(measurement)}. All nodes together: {'; '.join(wholes)}."
+        )
+        series = [Series("as it stands", before, HOLLOW), Series("in the result", after, FULL)]
+        found.append(Plot("measured", "Measured time per site", text, over_sites("measured", series)))
+    pairs = _pairs(report)
+    if pairs:
+        ratios = [f"{phase} {_ratio(pairs, phase)}" for phase in dict.fromkeys(phase for phase, *_ in pairs)]
+        text = (
+            f"A mark per site and phase, on the dashed line where both are equal. Predicted for {pricing.target}, measured "
+            f"on {_machine(measurement)}. Predicted over measured, median: {', '.join(ratios)}."
+        )
+        empty = [one.empty_node_ms for one in measurement.phases if one.empty_node_ms is not None]
+        if empty:
+            text += f" Nodes that compute nothing measure {_ms(min(empty))}: that is the profiler’s own time."
+        found.append(Plot("predicted", "Predicted against measured time", text, _against(pairs)))
+    return found
+
+
+def _ms(value: float | None) -> str:
+    return clock(None if value is None else value / 1e3)
+
+
+def _machine(measurement: Measurement) -> str:
+    return f"{measurement.cpu}, {measurement.threads} thread{'s' if measurement.threads > 1 else ''}"
+
+
+_Pair = tuple[str, bool, float, float]
+"""Phase, whether in the result, seconds measured and predicted."""
+
+
+def _pairs(report: Report) -> list[_Pair]:
+    """Of sites that were measured and priced; a site that was kept is measured twice, and counts as it stands."""
+    numbers = {} if report.pricing is None else {phase.name: i for i, phase in enumerate(report.pricing.phases)}
+    found = []
+    for site in report.sites:
+        kept = site.candidates[0] if site.candidates else None
+        for row in site.measured:
+            for is_after, ms, candidate in ((False, row.before_ms, kept), (True, row.after_ms, chosen(site))):
+                if ms and candidate is not None and candidate.phases and not (is_after and candidate is kept):
+                    found.append((row.phase, is_after, ms / 1e3, candidate.phases[numbers[row.phase]].seconds))
+    return found
+
+
+def _ratio(pairs: Sequence[_Pair], phase: str) -> str:
+    return f"{median(predicted / measured for name, _, measured, predicted in pairs if name == phase):.2g}"
+
+
+def _against(pairs: Sequence[_Pair]) -> str:
+    def draw(axis: Any) -> None:
+        from matplotlib.ticker import EngFormatter, NullFormatter
+
+        for is_after, label, style in ((False, "as it stands", HOLLOW), (True, "as chosen", FULL)):
+            points = [(measured, predicted) for _, after, measured, predicted in pairs if after is is_after]
+            axis.plot(*zip(*points, strict=True) if points else ([], []), linestyle="none", label=label, **style)
+        values = [value for _, _, *both in pairs for value in both]
+        ends = (min(values) / 1.5, max(values) * 1.5)
+        axis.plot(ends, ends, color=QUIET, linewidth=1, linestyle="--", label="equal")
+        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured", ylabel="predicted")
+        for one in (axis.xaxis, axis.yaxis):
+            one.set_major_formatter(EngFormatter(unit="s", sep=_THIN))
+            one.set_minor_formatter(NullFormatter())
+
+    return svg("predicted", draw)
+
+
+def _before_after(sites: Sequence[tuple[int, SiteRow]], value: Callable[[CandidateRow], float | None]) -> list[Series]:
     before, after = dict[int, float](), dict[int, float]()
     for number, site in sites:
         for found, candidate in ((before, site.candidates[0]), (after, chosen(site))):
             at = None if candidate is None else value(candidate)
             if at:
                 found[number] = at
-    hollow = {"color": _BEFORE, "marker": "o", "markerfacecolor": "none"}
-    return [
-        _Series("as it stands", before, hollow),
-        _Series("as chosen", after, {"color": _AFTER, "marker": "^", "markeredgewidth": 0}),
-    ]
+    return [Series("as it stands", before, HOLLOW), Series("as chosen", after, FULL)]
 
 
-def chosen(site: SiteRow) -> CandidateRow | None:
-    """The candidate that was taken."""
-    return next((candidate for candidate in site.candidates if candidate.name == site.choice), None)
+_UNITS = {"seconds": "s", "measured": "s", "bytes": "B"}
 
 
-def _over_sites(series: Sequence[_Series], unit: str, budget: float | None = None) -> str:
-    """A mark per site and series, the first two of a site joined by a line."""
+def over_sites(what: str, series: Sequence[Series], line: tuple[float, str] | None = None) -> str:
+    """A mark per site and series, the first two of a site joined by a line.
+
+    Args:
+        what: of what; "seconds", "measured" and "bytes" have units, others are written at the axis.
+        series: two or more.
+        line: a dashed one at this height, and what it is.
+    """
 
     def draw(axis: Any) -> None:
         from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -146,24 +201,24 @@ def _over_sites(series: Sequence[_Series], unit: str, budget: float | None = Non
         xs = [x for number in both for x in (number, number, None)]
         ys = [y for number in both for y in (before[number], after[number], None)]
         size = 1.0 if len(before) <= 60 else 0.6
-        axis.plot(xs, ys, color=_LINE, linewidth=1.5 * size**2)
+        axis.plot(xs, ys, color=LINE, linewidth=1.5 * size**2)
         for one in series:
             style = {"markersize": 4.5} | one.style
             style["markersize"] *= size
             axis.plot(list(one.points), list(one.points.values()), linestyle="none", label=one.label, **style)
-        if budget is not None:
-            axis.axhline(budget, color=_QUIET, linewidth=1, linestyle="--", label="budget")
-        axis.set(yscale="log", xlabel="site", ylabel=unit)
+        if line is not None:
+            axis.axhline(line[0], color=QUIET, linewidth=1, linestyle="--", label=line[1])
+        axis.set(yscale="log", xlabel="site", ylabel=what)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.yaxis.set_minor_formatter(NullFormatter())
-        if budget is None:
+        if what in _UNITS:
             values = [y for one in series for y in one.points.values()]
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 100 * min(values) else (1,)))
-            axis.yaxis.set_major_formatter(EngFormatter(unit="s" if unit == "seconds" else "B", sep="\N{THIN SPACE}"))
+            axis.yaxis.set_major_formatter(EngFormatter(unit=_UNITS[what], sep=_THIN))
             axis.set_ylabel("")
         axis.grid(visible=False, axis="x")
 
-    return _svg(unit, draw)
+    return svg(what, draw)
 
 
 def _roofline(report: Report, pricing: PricingRow) -> str:
@@ -173,35 +228,4 @@ def _roofline(report: Report, pricing: PricingRow) -> str:
         draw_on(axis, report, pricing)
         axis.set_ylabel("10⁹ operations per second")
 
-    return _svg("roofline", draw)
-
-
-def _svg(salt: str, draw: Callable[[Any], None]) -> str:
-    """What ``draw`` puts on one axis; the same bytes for the same figures."""
-    from cycler import cycler
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    cycle = cycler(color=[_AFTER, _BEFORE, _MARK, _INK])
-    text = io.StringIO()
-    with style.context(["default", _STYLE | {"svg.hashsalt": salt, "axes.prop_cycle": cycle}]):
-        figure = Figure(figsize=(4.9, 3.3), layout="constrained")
-        axis = figure.subplots()
-        draw(axis)
-        handles, labels = axis.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=3, handletextpad=0.3, columnspacing=1.2)
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return _inline(text.getvalue())
-
-
-def _inline(document: str) -> str:
-    """An SVG document as a part of the page: no prolog, no ids that others have too, the page's colours and font."""
-    svg = document[document.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    svg = re.sub(r"\n\s*", "\n", svg)
-    for ink, color in _INKS.items():
-        svg = svg.replace(ink, color)
-    return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
+    return svg("roofline", draw)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from ..report import Agreement, Outcome, OutputRow, Report
-from ..screen import number_of, time_text
+from ..screen import number_of
+from .evaluation import about, flip_counts, result_run, today
+from .units import amount, clock, distance
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ def model_name(report: Report) -> str:
 def verdict(report: Report) -> Verdict:
     """In the words of the command line."""
     verification = report.verification
+    if verification is None and report.evaluation is not None:
+        return Verdict(
+            "Evaluated",
+            f"Every model saw the same text and was compared with the oracle: {about(report.evaluation)}.",
+            "neutral",
+        )
     if verification is None:
         return Verdict("Not verified", "Nothing was run: this is what was found, and what is predicted.", "neutral")
     how = {
@@ -71,7 +79,7 @@ def headline(report: Report) -> str:
     attentions = sum(site.kind == "attention" and site.outcome is Outcome.REWRITTEN for site in report.sites)
     if attentions:
         parts[0] = parts[0].replace(" rewritten", f" and {number_of(attentions, 'attention')} rewritten")
-    return "; ".join([*parts, *(text for text in [closeness(report)] if text)]) + "."
+    return "; ".join([*parts, *(text for text in [closeness(report) or flip_counts(report)] if text)]) + "."
 
 
 def closeness(report: Report) -> str | None:
@@ -105,6 +113,7 @@ def counts(report: Report) -> str:
 def tiles(report: Report) -> Iterator[Tile]:
     """The figures that there are."""
     yield from _distances(report)
+    yield from _on_the_text(report)
     pricing, verification = report.pricing, report.verification
     if pricing is not None and pricing.before.seconds:
         yield Tile(
@@ -126,16 +135,27 @@ def tiles(report: Report) -> Iterator[Tile]:
         yield Tile("Cache, a token", f"{amount(before)} → {amount(after)}", "bytes that every token takes")
 
 
+def _on_the_text(report: Report) -> Iterator[Tile]:
+    found, ours = report.evaluation, result_run(report)
+    before = None if found is None else today(found)
+    if found is None or ours is None or before is None:
+        return
+    of = f"of {found.tokens.predictions:,} tokens of a text, today and now"
+    yield Tile("Flips", f"{len(before.flips):,} → {len(ours.flips):,}", of)
+    exact = f"the oracle’s is {found.oracle.perplexity:.4f}"
+    yield Tile("Perplexity", f"{before.perplexity:.4f} → {ours.perplexity:.4f}", exact)
+
+
 def _distances(report: Report) -> Iterator[Tile]:
     verification = report.verification
     if verification is None:
         return
     if verification.outputs:
         result = max(row.relative_l2 for row in verification.outputs)
-        today = max((row.baseline_relative_l2 or 0 for row in verification.outputs), default=0)
-        figure = f"{distance(today)} → {distance(result)}" if today else distance(result)
+        baseline = max((row.baseline_relative_l2 or 0 for row in verification.outputs), default=0)
+        figure = f"{distance(baseline)} → {distance(result)}" if baseline else distance(result)
         note = "relative L2 of the worst output"
-        yield Tile("Distance from the oracle", figure, f"{note}, today and now" if today else note)
+        yield Tile("Distance from the oracle", figure, f"{note}, today and now" if baseline else note)
         agreements = [row.argmax for row in verification.outputs if row.argmax is not None]
         if agreements:
             positions = sum(a.positions for a in agreements)
@@ -163,26 +183,3 @@ def flips(outputs: list[OutputRow]) -> list[Flip]:
 def agreement(value: Agreement | None) -> str:
     """``99.8% of 512``."""
     return "–" if value is None else f"{value.equal:.1%} of {value.positions}"
-
-
-def clock(seconds: float | None) -> str:
-    """``12.3 µs``."""
-    return "–" if seconds is None else time_text(seconds).replace("us", "µs").replace(" ", "\N{NO-BREAK SPACE}")
-
-
-def distance(value: float | None) -> str:
-    """``1.7e-4``."""
-    if not value:
-        return "–" if value is None else "0"
-    digits, _, exponent = f"{value:.1e}".partition("e")
-    return f"{digits}e{int(exponent)}"
-
-
-def amount(size: float | None) -> str:
-    """``11.3 kB``."""
-    if size is None:
-        return "–"
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit:
-            return f"{size / unit:.3g}\N{NO-BREAK SPACE}{name}"
-    return f"{size:.0f}\N{NO-BREAK SPACE}B"

@@ -78,6 +78,14 @@ class MxFormat:
         return self.grid.largest * (1 if self.passes == 1 else self.grid.radix + 1)
 
     @property
+    def error_bound(self) -> float:
+        """Largest error of an element over its block's largest magnitude, which is more than half the peak in the scale's unit."""
+        if self.passes == 2:  # what the second pass leaves of a remainder that saturates: one of its units
+            return 2 / (self.grid.peak * self.grid.radix)
+        step = max(1.0, 2.0 ** (np.ceil(np.log2(self.grid.peak)) - 1 - self.grid.mantissa_bits))
+        return float(step / self.grid.peak)
+
+    @property
     def radix(self) -> int:
         """The first pass's unit in units of the codes."""
         return 1 if self.passes == 1 else self.grid.radix

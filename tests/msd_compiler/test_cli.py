@@ -74,7 +74,7 @@ def test_compile_writes_a_verified_model_beside_the_source(msd, source):
     assert sorted(p.name for p in Path().iterdir()) == ["m.msd.onnx", "m.onnx", "r.json"]
 
 
-@pytest.mark.parametrize("command", [("compile", "m.onnx"), ("inspect", "m.onnx"), ("demo",)])
+@pytest.mark.parametrize("command", [("compile", "m.onnx"), ("inspect", "m.onnx")])
 def test_json_is_one_document_and_nothing_else(msd, source, command):
     ran = msd(*command, "--json")
     assert ran.status == 0, ran.err
@@ -260,11 +260,3 @@ def test_help_has_an_example(msd, command):
     ran = msd(command, "--help")
     assert ran.status == 0
     assert f"Example: msd {command}" in ran.out
-
-
-def test_demo_shows_what_was_gained(msd):
-    ran = msd("demo")
-    assert ran.status == 0, ran.err
-    assert "verified: within tolerance" in ran.out
-    assert "times closer to the model's meaning than today's session" in ran.out
-    assert not list(Path().iterdir())

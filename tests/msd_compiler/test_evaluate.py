@@ -6,11 +6,11 @@ import json
 import re
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msd_compiler.models import TINY_LLAMA as TINY
 from support import model, nbits_weight
 from typer import Typer
 from typer.testing import CliRunner
@@ -23,9 +23,9 @@ from msd_compiler.evaluate.measure import evaluate
 from msd_compiler.evaluate.tokens import read_text, read_tokens, tokens_of
 from msd_compiler.evaluate.windows import Windows, batches
 from msd_compiler.oracle_session import open_oracle
+from msd_compiler.report import Report, embedded_report
 from msd_compiler.source import load
 
-TINY = Path(str(files("msd_compiler") / "data" / "tiny_llama.onnx"))
 SHARED = Path(__file__).parents[3] / "shared" / "models" / "lm_stories260k"
 
 DOCUMENTS = [np.random.default_rng(i).integers(0, 512, n) for i, n in enumerate((23, 9, 16))]
@@ -386,14 +386,34 @@ def test_plot(tmp_path, suffix):
         ((), "one of --text and --tokens is needed"),
         (("--tokens", "t.npz", "--text", "t"), "one of --text and --tokens is needed"),
         (("--tokens", "t.npz", "--tokenizer", "t"), "--tokenizer is for --text"),
-        (("--text", __file__), "no tokenizer.json in '.*data': name one with --tokenizer"),
+        (("--text", __file__), "no tokenizer.json in '.*models': name one with --tokenizer"),
         (("--tokens", "t.npz", "--plot", "p.pdf"), "must end with .svg or .png"),
+        (("--tokens", "t.npz", "--report", "r.pdf"), "must end with .json or .html"),
+        (("--tokens", "t.npz", "--report", "no/r.html"), "must be a file in an existing folder"),
+        (("--tokens", "t.npz", "--report", "r.html"), r"about a RESULT that msd compile wrote.* \(none was given\)"),
+        ((TINY, "--tokens", "t.npz", "--report", "r.html"), r"about a RESULT .*tiny_llama.onnx'\)"),
     ],
 )
 def test_command_refuses(arguments, what):
     error = told(TINY, *arguments).exception
     assert isinstance(error, MsdError)
     assert re.search(what, str(error))
+
+
+def test_report(tmp_path, compiled):
+    np.savez(tmp_path / "t.npz", tokens=np.concatenate(DOCUMENTS))
+    given = (TINY, TINY, compiled, "--tokens", tmp_path / "t.npz", "--per-site", "--json")
+    printed = told(*given, "--report", tmp_path / "r.json").output
+    assert told(*given, "--report", tmp_path / "r.html").exit_code == 0
+    report = Report.model_validate_json((tmp_path / "r.json").read_text())
+    assert json.loads(printed) == report.evaluation.model_dump(exclude_none=True)  # and nothing else was printed
+    carried = embedded_report(load(compiled).proto)
+    assert report.sites == carried.sites
+    assert (report.source, report.result) == (str(TINY), str(compiled))
+    assert {row.node for row in report.evaluation.sites} <= {site.node for site in report.sites}
+    page = (tmp_path / "r.html").read_text()
+    assert "Is it still right, on a text" in page
+    assert '<tr class="ours">\n<th scope="row">out.onnx</th>' in page
 
 
 # --- a trained model -----------------------------------------------------------------------------------------------

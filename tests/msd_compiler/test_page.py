@@ -9,13 +9,30 @@ from pathlib import Path
 import pytest
 
 from msd_compiler.errors import OptionError, OutputError
+from msd_compiler.evaluate.report import (
+    BINS_PER_DECADE,
+    DECADES,
+    DEFAULT,
+    LEVEL_ZERO,
+    Evaluation,
+    Flip,
+    OracleRow,
+    RunRow,
+    SiteNoise,
+    TokensRow,
+)
 from msd_compiler.page import page, write_report
 from msd_compiler.page.drawing import drawings
+from msd_compiler.page.evaluation import LISTED, result_run
+from msd_compiler.page.plots import measured_seconds
 from msd_compiler.page.words import closeness, headline, verdict
 from msd_compiler.report import (
     Agreement,
     CandidateRow,
     Disagreement,
+    MeasuredPhase,
+    MeasuredRow,
+    Measurement,
     Method,
     Outcome,
     OutputRow,
@@ -139,6 +156,82 @@ def report(count: int, name: str = "/model/layers.{}/mlp/MatMul", *, passed: boo
     )
 
 
+def evaluated(done: Report, flips: tuple[int, int, int] = (60, 0, 2), runs: tuple[str, ...] = ("out.onnx",)) -> Report:
+    """With an evaluation: so many flips in a default session, at accuracy level 0, and in every result."""
+
+    def run(name: str, count: int) -> RunRow:
+        found = [Flip(position=97 * i, margin=2 / (1 + i), oracle=1, found=2, target=3) for i in range(count)]
+        return RunRow(
+            name=name,
+            perplexity=4.4501 + count / 1e4,
+            kl_mean=1e-6 * count,
+            kl_max=1e-5 * count,
+            same_top=1 - count / 9869,
+            flips=found,
+            kl_histogram=[10] * (BINS_PER_DECADE * (DECADES[1] - DECADES[0])),
+        )
+
+    sites = [
+        SiteNoise(
+            node=s.node,
+            format="int4 block 32",
+            k=4096,
+            n=1024,
+            crest=3.5,
+            weight_error=0.1,
+            int8_error=0.01 * (1 + i),
+            msd_error=5e-5,
+            int8_ratio=0.1 * (1 + i),
+            msd_ratio=5e-4,
+        )
+        for i, s in enumerate(done.sites)
+        if s.kind == "linear"
+    ]
+    found = Evaluation(
+        source="/models/llama.onnx",
+        onnxruntime="1.20.0",
+        tokens=TokensRow(
+            name="the given tokens",
+            digest="0",
+            documents=25,
+            count=9894,
+            window=512,
+            stride=512,
+            batch=1,
+            predictions=9869,
+        ),
+        oracle=OracleRow(perplexity=4.4501, accuracy=0.5),
+        runs=[
+            run(n, c) for n, c in zip((DEFAULT, LEVEL_ZERO, *runs), (*flips[:2], *flips[2:] * len(runs)), strict=True)
+        ],
+        sites=sites,
+        notes=["1 layers are not looked at"],
+    )
+    return done.model_copy(update={"evaluation": found, "result": "/models/out.onnx"})
+
+
+def measured(done: Report) -> Report:
+    """With times, but for every third site's before."""
+    sites = [
+        site.model_copy(
+            update={
+                "measured": [
+                    MeasuredRow(phase=name, before_ms=None if i % 3 == 2 else 0.02 * f, after_ms=0.0125 * f)
+                    for name, f in (("decode", 1), ("prefill", 20))
+                ]
+            }
+        )
+        for i, site in enumerate(done.sites)
+    ]
+    phases = [MeasuredPhase(name=n, before_ms=3.0, after_ms=2.0, empty_node_ms=0.003) for n in ("decode", "prefill")]
+    facts = Measurement(cpu="A CPU", onnxruntime="1.20.0", threads=1, runs=5, phases=phases, notes=["a note"])
+    return done.model_copy(update={"sites": sites, "measurement": facts})
+
+
+def everything(done: Report) -> Report:
+    return measured(evaluated(done))
+
+
 class Tree(HTMLParser):
     """Tags, ids, and the texts of elements, of a page."""
 
@@ -175,8 +268,9 @@ class Tree(HTMLParser):
             self.texts.setdefault(tag, []).append(data)
 
 
-def test_it_is_well_formed_and_needs_nothing_else():
-    tree = Tree(page(report(20)))
+@pytest.mark.parametrize("of", [lambda done: done, everything, lambda done: evaluated(done).portable()])
+def test_it_is_well_formed_and_needs_nothing_else(of):
+    tree = Tree(page(of(report(20))))
     assert len(tree.ids) == len(set(tree.ids))
     links = [value for name, value in tree.attributes if name in ("src", "href", "xlink:href", "action")]
     assert [link for link in links if not link.startswith(("#", "data:"))] == []
@@ -237,8 +331,9 @@ def test_a_model_without_sites():
     assert "nothing to rewrite" in page(empty)
 
 
-def test_it_holds_the_json():
-    done = report(20)
+@pytest.mark.parametrize("of", [lambda done: done, everything])
+def test_it_holds_the_json(of):
+    done = of(report(20))
     text = page(done)
     start = text.index('<script type="application/json" id="report">')
     embedded = text[text.index(">", start) + 1 : text.index("</script>", start)]
@@ -262,20 +357,90 @@ def test_the_same_report_makes_the_same_page():
 
 
 def test_a_thousand_sites_are_small_enough():
-    assert len(page(report(1000)).encode()) < MOST_BYTES
+    assert len(page(everything(report(1000))).encode()) < MOST_BYTES
 
 
-def test_plots_are_xml_and_follow_the_pages_colours():
-    text = page(report(20))
+def texts(done: Report, tag: str = "main") -> str:
+    return " ".join("".join(Tree(page(done)).texts.get(tag, [])).split())
+
+
+def test_there_is_an_evaluation_where_there_was_one():
+    assert "on a text" not in page(report(8))
+    text = texts(evaluated(report(8)))
+    said = ["Flips", "60 → 2", "4.4561 → 4.4503", "Is it still right, on a text", "9,869 predictions in 25 documents"]
+    said += ["oracle", "today’s session", "99.392%", "source, accuracy level 0", "out.onnx", "99.980%"]
+    said += ["Flips and their margins", "KL divergence of every token", "Activation error over weight error"]
+    said += ["out.onnx: 2 flips", f"today’s session: 60 flips, the {LISTED} with the largest margins", "10 more"]
+    said += ["1 layers are not looked at"]
+    assert [part for part in said if part not in text] == []
+    places = [text.index(part) for part in (said[3], said[-4], said[-3], said[-1])]
+    assert places == sorted(places)
+
+
+def test_flips_are_listed_by_run_the_results_first_and_open():
+    text = page(evaluated(report(8)))
+    lists = [part.split("</details>")[0] for part in text.split('<details class="flips"')[1:]]
+    assert [part.startswith(" open>") for part in lists] == [True, False]
+    assert [part.count('<tr><th scope="row"') for part in lists] == [2, LISTED]
+
+
+def test_no_flips_are_said():
+    text = texts(evaluated(report(8), (0, 0, 0)))
+    assert "No flips: every run’s top token is the oracle’s everywhere." in text
+    assert "Flips and their margins" not in text
+
+
+@pytest.mark.parametrize(
+    ("result", "name"),
+    [("/models/out.onnx", "out.onnx"), ("/b/out.onnx", "/b/out.onnx"), (None, "other.onnx")],
+)
+def test_the_reports_own_result_is_the_subject(result, name):
+    done = evaluated(report(2), runs=("other.onnx", "out.onnx", "/b/out.onnx"))
+    assert result_run(done.model_copy(update={"result": result})).name == name
+
+
+def test_an_evaluation_alone_is_a_verdict():
+    alone = evaluated(report(8)).portable().model_copy(update={"evaluation": evaluated(report(8)).evaluation})
+    assert verdict(alone).word == "Evaluated"
+    assert headline(alone).endswith("; 60 of 9,869 top tokens change in today’s session, 2 in the result.")
+    columns = texts(alone, "thead")
+    assert "Before" not in columns
+    assert "Act./weight" in columns
+
+
+def test_sites_have_their_noise_and_their_times():
+    done = everything(report(20))
+    before, after = measured_seconds(done.sites[0], done)
+    assert before == pytest.approx((0.9 * 0.02 + 0.1 * 0.4) / 1e3)
+    assert after == pytest.approx((0.9 * 0.0125 + 0.1 * 0.25) / 1e3)
+    assert measured_seconds(done.sites[2], done) == (None, after)
+    assert measured_seconds(report(2).sites[0], report(2)) == (None, None)
+    text = page(done)
+    assert "58\xa0µs → 36.2\xa0µs" in text
+    assert "– → 36.2\xa0µs" in text
+    for said in (
+        "Predicted against measured time",
+        "A CPU, 1 thread",
+        "Nodes that compute nothing measure 3\xa0µs",
+        "a note.",
+    ):
+        assert said in text
+    assert '<td class="number wide bad" data-value="1.2' in text  # more digits lost than the weights have
+    assert "Predicted against" not in page(evaluated(report(20)))
+
+
+@pytest.mark.parametrize(("of", "drawn"), [(lambda done: done, 4), (everything, 9)])
+def test_plots_are_xml_and_follow_the_pages_colours(of, drawn):
+    text = page(of(report(20)))
     start, count = 0, 0
     while (start := text.find('<svg aria-hidden="true"', start)) >= 0:
         end = text.index("</svg>", start) + len("</svg>")
-        drawn = text[start:end]
-        ET.fromstring(drawn)
-        assert "var(--after)" in drawn
-        assert "#0" not in drawn.replace("url(#", "").replace('href="#', "")
+        picture = text[start:end]
+        ET.fromstring(picture)
+        assert "var(--after)" in picture
+        assert "#0" not in picture.replace("url(#", "").replace('href="#', "")
         start, count = end, count + 1
-    assert count == 4
+    assert count == drawn
 
 
 @pytest.mark.parametrize(
@@ -379,7 +544,7 @@ def shown_names(window) -> list[str]:
 
 @pytest.mark.slow
 def test_a_thousand_sites_open_in_time(show):
-    window = show(report(1000))
+    window = show(everything(report(1000)))
     took = []
     for _ in range(3):  # the best, for the machine may be busy
         window.reload()
@@ -392,7 +557,7 @@ def test_a_thousand_sites_open_in_time(show):
 @pytest.mark.parametrize("width", [1100, 400])
 def test_it_is_accessible(show, scheme, width):
     axe = Path(pytest.importorskip("axe_playwright_python").__file__).parent / "axe.min.js"
-    window = show(report(20, passed=scheme == "light"), width=width, scheme=scheme)
+    window = show(everything(report(20, passed=scheme == "light")), width=width, scheme=scheme)
     for name in ("linear", "attention"):
         window.locator(f"tr.site[data-kind={name}] th button").first.click()
     window.evaluate(axe.read_text(encoding="utf-8"))
@@ -402,7 +567,7 @@ def test_it_is_accessible(show, scheme, width):
 
 @pytest.mark.slow
 def test_nothing_sticks_out_on_a_phone(show):
-    window = show(report(20, "/model/" + "a_very_long_name_" * 9 + "{}"), width=400)
+    window = show(everything(report(20, "/model/" + "a_very_long_name_" * 9 + "{}")), width=400)
     window.locator("tr.site th button").first.click()
     assert window.evaluate("document.documentElement.scrollWidth") == 400
 
@@ -421,6 +586,46 @@ def test_rows_open_by_keyboard(show):
     window.keyboard.press("Enter")
     assert button.get_attribute("aria-expanded") == "false"
     assert not detail.is_visible()
+
+
+@pytest.mark.slow
+def test_an_opened_row_tells_times_and_noise(show):
+    window = show(everything(report(8)))
+    window.locator("tr.site th button").nth(2).click()
+    times = window.get_by_role("table", name="Measured times of")
+    assert times.locator("tbody tr").all_inner_texts() == [
+        "decode\t–\t37.5\xa0µs\t12.5\xa0µs\t30\xa0µs",
+        "prefill\t–\t750\xa0µs\t250\xa0µs\t600\xa0µs",
+    ]
+    facts = window.locator(".facts").inner_text().replace("\n", " ")
+    assert "activations in int8 3.0e-2, 0.30 of that" in facts
+
+
+@pytest.mark.slow
+def test_measured_times_sort_and_the_unknown_stand_last(show):
+    done = measured(report(8))
+    for i, row in enumerate(done.sites[:4]):
+        row.measured[0].after_ms = None if i == 1 else 4.0 - i
+    window = show(done)
+    heading = window.locator("thead th", has_text="Measured")
+    heading.locator("button").click()
+    heading.locator("button").click()
+    assert heading.get_attribute("aria-sort") == "descending"
+    names = shown_names(window)
+    assert names[0] == "/model/layers.0/mlp/MatMul"
+    assert names[-1] == "/model/layers.1/mlp/MatMul"
+
+
+@pytest.mark.slow
+def test_lists_of_flips_open_by_keyboard_and_for_print(show):
+    window = show(evaluated(report(8)))
+    closed = window.locator("details.flips").nth(1)
+    closed.locator("summary").focus()
+    window.keyboard.press("Enter")
+    assert closed.locator("tbody tr").first.is_visible()
+    window.keyboard.press("Enter")
+    window.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert closed.get_attribute("open") is not None
 
 
 @pytest.mark.slow

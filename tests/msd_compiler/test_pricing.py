@@ -8,12 +8,14 @@ import networkx as nx
 import numpy as np
 import onnx
 import pytest
+from msd_compiler.runtime_ops.matmul.layout import ActivationFormat
 from onnx import TensorProto, helper
 from support import model, weight
 
 import msd_compiler
 from msd_compiler import cli
 from msd_compiler.compare import relative_l2
+from msd_compiler.cost.error import FORMAT_ERRORS
 from msd_compiler.cost.totals import critical_path
 from msd_compiler.inputs import Feed
 from msd_compiler.report import Outcome, ReasonCode, SiteRow
@@ -267,3 +269,23 @@ def test_what_two_terms_are_not_enough_for_gets_three_without_being_asked(tmp_pa
     with pytest.raises(msd_compiler.VerificationFailed, match="--terms 3"):
         msd_compiler.compile(model(text, gain=gain, **parts), tmp_path / "two.onnx", terms=2)
     assert not (tmp_path / "two.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "terms", "group"),
+    [("mxfp4x2", 1, 32), ("mxfp4", 1, 32), ("mxfp4x2-e2m1", 1, 32), ("mxfp4-e2m1", 1, 32), ("mxfp8", 3, 32)],
+)
+def test_activations_in_mx_formats_where_they_are_asked_for(what, terms, group, tmp_path):
+    """Groups are MX blocks, whatever the weight's are; library and body give the same bits, as far off as the law says."""
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((64, 512)).astype(np.float32)
+    layer = model(LAYER, **weight("int8", (512, 128), (128,)))
+    done = msd_compiler.compile(layer, tmp_path / "out.onnx", overrides=[f"*={what}"], tolerance=1.0)
+    (row,) = done.report.sites
+    assert (row.activation, row.terms, row.group, row.choice) == (what, terms, group, what)
+    y = msd_compiler.run(tmp_path / "out.onnx", {"x": x})["y"]
+    np.testing.assert_array_equal(y, msd_compiler.run(tmp_path / "out.onnx", {"x": x}, portable=True)["y"])
+    predicted = next(iter(FORMAT_ERRORS[f] for f in ActivationFormat if f.label == what))
+    assert relative_l2(y, x.astype(np.float64) @ _weights(layer)) == pytest.approx(predicted, rel=0.05)
+    with pytest.raises(msd_compiler.VerificationFailed, match="MX formats keep 3 to 7 bits"):
+        msd_compiler.compile(layer, tmp_path / "not.onnx", overrides=[f"*={what}"])

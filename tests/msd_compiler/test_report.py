@@ -8,8 +8,11 @@ from rich.console import Console
 from support import compiled, model, weight
 
 from msd_compiler import screen
+from msd_compiler.evaluate.report import Evaluation, OracleRow, TokensRow
 from msd_compiler.report import (
     UNSUPPORTED,
+    MeasuredRow,
+    Measurement,
     Outcome,
     ReasonCode,
     Report,
@@ -43,6 +46,24 @@ def test_the_report_travels_in_the_result_without_times_and_paths():
     assert isinstance(inside, Report)
     assert inside == done.report.portable()
     assert (inside.source, inside.result, inside.verification) == (None, None, None)
+
+
+def test_an_evaluation_and_times_belong_to_the_report_alone():
+    report = compiled(model(GRAPH, **weight("int8", (64, 32), (32,)))).report
+    plain = report.portable()
+    report.evaluation = Evaluation(
+        source="m.onnx",
+        onnxruntime="1.20.0",
+        tokens=TokensRow(name="t", digest="0", documents=1, count=3, window=2, stride=2, batch=1, predictions=2),
+        oracle=OracleRow(perplexity=2, accuracy=0.5),
+        runs=[],
+    )
+    report.measurement = Measurement(cpu="A CPU", onnxruntime="1.20.0", threads=1, runs=5, phases=[])
+    report.sites[0].measured = [MeasuredRow(phase="decode", before_ms=None, after_ms=0.5)]
+    again = Report.model_validate_json(report.json_text())
+    assert again == report
+    jsonschema.validate(json.loads(report.json_text()), json.loads(schema_path().read_text()))
+    assert report.portable() == plain
 
 
 def test_a_model_without_report_has_none():

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 import ml_dtypes
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
 from support import model, nbits_weight, only_row, rows, weight
 
 from msd_compiler.facts import ReasonCode
@@ -33,10 +32,6 @@ class Kept:
 
 def nbits(inputs="x, b, s", bits=4, k=K):
     return f"y = com.microsoft.MatMulNBits<K={k}, N={N}, bits={bits}, block_size=16>({inputs})"
-
-
-def tensor(data_type, *dims):
-    return helper.make_tensor("", data_type, dims, bytes(int(np.prod(dims)) // 2), raw=True)
 
 
 FLOAT_T = {"w": np.ones((N, K), np.float32)}
@@ -91,25 +86,27 @@ TABLE = [
       for opset in (9, 10) for name, nodes, tensors in (("MatMulNBits", nbits(), NBITS), ("com.microsoft", DQ.replace("Deq", "com.microsoft.Deq"), INT8))),
     Kept("opset 10, DequantizeLinear", ReasonCode.OPSET_TOO_OLD, "onnx.version_converter", DQ, weight("uint8", (K, N), ()), opset=10),
 
-    Kept("int16", W, "weight 'w' is int16; int2, int4, int8 and their unsigned forms are multiplied directly", DQ, {"w": np.ones((K, N), np.int16), "s": np.ones(N, np.float32)}, {}),
+    Kept("int16", W, "weight 'w' is int16; int2, int4, int8, their unsigned forms and float4e2m1 are multiplied directly", DQ, {"w": np.ones((K, N), np.int16), "s": np.ones(N, np.float32)}, {}),
     Kept("int32", W, "weight 'w' is int32", DQ, {"w": np.ones((K, N), np.int32), "s": np.ones(N, np.float32)}, {}),
     Kept("float8", W, "weight 'w' is float8e4m3fn, which has no small-integer form; int2, int4", DQ, {"w": np.ones((K, N), ml_dtypes.float8_e4m3fn), "s": np.ones(N, np.float32)}, {}),
-    *(Kept(f"{domain}.{op}", W, f"its weight comes from {domain}.{op} 'd': {why}; integers of 2, 4 or 8 bits", f"{before}  d = {domain}.{op}(q, s)  t = Transpose(d)  y = MatMul(x, t)",
+    *(Kept(f"{domain}.{op}", W, f"its weight comes from {domain}.{op} 'd': {why}; stored integers of 2, 4 or 8 bits and float4", f"{before}  d = {domain}.{op}(q, s)  t = Transpose(d)  y = MatMul(x, t)",
            FLOAT_T | {"s": np.ones(N, np.float32)}, {})
       for domain, op, why, before in (
-          ("trt", "TRT_FP8DequantizeLinear", "its codes are float8", "q = trt.TRT_FP8QuantizeLinear(w, s)"),
-          ("trt", "TRT_MXFP8DequantizeLinear", "its codes are float8", "q = trt.TRT_MXFP8DynamicQuantize(w)"),
-          ("trt", "TRT_FP4DynamicQuantize", "its codes are float4", "q = Identity(w)"),
+          ("trt", "TRT_FP8DequantizeLinear", "its codes are float8, which has no small-integer form", "q = trt.TRT_FP8QuantizeLinear(w, s)"),
+          ("trt", "TRT_MXFP8DequantizeLinear", "its codes are float8, which has no small-integer form", "q = trt.TRT_MXFP8DynamicQuantize(w)"),
+          ("trt", "TRT_FP4DynamicQuantize", "it rounds to float4 as the model runs", "q = Identity(w)"),
+          ("trt", "TRT_FP4QDQ", "it rounds to float4 as the model runs", "q = Identity(w)"),
           ("com.amd.quark", "ExtendedDequantizeLinear", "its codes may be of types that ONNX's own op does not have", "q = com.amd.quark.ExtendedQuantizeLinear(w, s)"),
           ("com.amd.quark", "BFPQuantizeDequantize", "it rounds to block floating point", "q = Identity(w)"),
           ("com.amd.quark", "MXQuantizeDequantize", "it rounds to a microscaling format", "q = Cast<to=1>(w)"),
       )),
     Kept("vendor's op on the left", W, "its weight comes from trt.TRT_FP8DequantizeLinear 'd'", "d = trt.TRT_FP8DequantizeLinear(w, s)  y = MatMul(d, x)", FLOAT_T | {"s": np.float32(1)}, {}, "float[40,3] x"),
-    Kept("float4", W, "weight 'w' is float4e2m1", DQ, {"w": tensor(TensorProto.FLOAT4E2M1, K, N), "s": np.ones(N, np.float32)}, {}, opset=23),
-    Kept("float4, scales dequantized", W, "weight 'w' is float4e2m1", "t = DequantizeLinear(s8, g)  d = DequantizeLinear<axis=0, block_size=20>(w, t)  c = Cast<to=1>(d)  y = MatMul(x, c)",
-         {"w": tensor(TensorProto.FLOAT4E2M1, K, N), "s8": np.ones((2, N), ml_dtypes.float8_e4m3fn), "g": np.float32(1)}, {}, opset=23),
-    Kept("scales of float8", W, "scales 's' are float8e8m0; a float type is needed", "d = DequantizeLinear<axis=0, block_size=20, output_dtype=1>(w, s)  y = MatMul(x, d)",
-         {"w": INT8["w"], "s": np.ones((2, N), ml_dtypes.float8_e8m0fnu)}, {}, opset=23),
+    Kept("float4 that the model makes", W, "its weight is quantized to float4e2m1", "q = QuantizeLinear<axis=1, output_dtype=23>(w, s)  d = DequantizeLinear<axis=1>(q, s)  y = MatMul(x, d)", FLOAT | {"s": np.ones(N, np.float32)}, {}, opset=23),
+    Kept("scales of float8", W, "scales 's' are float8e4m3fn; a float type or float8e8m0 is needed", "d = DequantizeLinear<axis=0, block_size=20, output_dtype=1>(w, s)  y = MatMul(x, d)",
+         {"w": INT8["w"], "s": np.ones((2, N), ml_dtypes.float8_e4m3fn)}, {}, opset=23),
+    Kept("scales that become integers", W, "scales 's' are int32; a float type or float8e8m0 is needed", "c = Cast<to=6>(s)  d = DequantizeLinear(w, c)  y = MatMul(x, d)", INT8, {}),
+    Kept("float8, scales dequantized", W, "weight 'w' is float8e4m3fn, which has no small-integer form", "t = DequantizeLinear(s8, g)  d = DequantizeLinear<axis=0, block_size=20>(w, t)  y = MatMul(x, d)",
+         {"w": np.ones((K, N), ml_dtypes.float8_e4m3fn), "s8": np.ones((2, N), ml_dtypes.float8_e4m3fn), "g": np.float32(1)}, {}, opset=23),
     Kept("MatMulNBits, 3 bits", W, "its weight has 3 bits; 2, 4 or 8 are multiplied directly", nbits(bits=3), NBITS),
     Kept("MatMulNBits, int32 codes", W, "its weight 'b' are int32; what is read is uint8", nbits(), NBITS | {"b": np.ones((N, 3, 2), np.int32)}),
     Kept("MatMulNBits, double scales", W, "its scales 's' are float64; what is read is bfloat16, float16, float32", nbits(), NBITS | {"s": np.ones((N, 3))}),

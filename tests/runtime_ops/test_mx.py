@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from msd_compiler.runtime_ops.matmul import mx
 from msd_compiler.runtime_ops.matmul.layout import ActivationFormat, Plan
 from msd_compiler.runtime_ops.matmul.mx import (
     E2M1,
@@ -252,3 +253,11 @@ def test_int8_is_the_reference():
 def test_labels():
     assert [a.label for a in ActivationFormat] == ["int8", "mxfp4x2", "mxfp4", "mxfp4x2-e2m1", "mxfp4-e2m1", "mxfp8"]
     assert [ActivationFormat.named(a.label) for a in ActivationFormat] == list(ActivationFormat)
+
+
+@pytest.mark.parametrize("form", MX_FORMATS.values(), ids=[f.label for f in MX_FORMATS])
+def test_error_bound_holds_and_is_nearly_reached(form):
+    x = np.random.default_rng(5).standard_normal((2**14, 32)).astype(np.float32)
+    decomposed = mx.decompose_mx(x, Plan(32, 4, 32, 1, False), form)
+    error = np.abs(decomposed.values(32) - x).max(axis=1) / np.abs(x).max(axis=1)
+    assert 0.6 * form.error_bound < error.max() <= form.error_bound
