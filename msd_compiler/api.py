@@ -191,8 +191,8 @@ def compile(
 
 
 _LOOKED_AT = (
-    "with two terms in every layer it was not right enough: activations were looked at on these inputs, "
-    "and layers have as many terms as they need"
+    "two terms in every layer were not right enough: activations were looked at on these inputs, "
+    "and layers have the terms that they need, or float activations"
 )
 
 
@@ -211,7 +211,8 @@ def _looked_at(given: Source, asked: Options, failure: VerificationFailed, check
         second = decide(given, replace(asked, target=replace(asked.target, samples=samples)), check.progress)
     except (RuntimeRefused, ModelError):
         return None  # these inputs are the oracle's, with caches that the source itself may not take
-    return second if [d.choice.terms for d in first.decisions] != [d.choice.terms for d in second.decisions] else None
+    chosen = [[(d.choice.terms, d.choice.way) for d in decided.decisions] for decided in (first, second)]
+    return second if chosen[0] != chosen[1] else None
 
 
 def _compile(given: Source, path: Path | None, decided: Decided, check: _Check, progress: Progress) -> Compiled:
