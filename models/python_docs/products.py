@@ -18,7 +18,7 @@ from corpus import Document
 from training import CONTEXT
 
 EVALUATION, CALIBRATION, FIRST = 10_000, 2_000, 2_000
-PROMPTS = ("A function call", "Class definitions\n\n", 'The "with" statement is used to')
+PROMPTS = ("Class definitions\n\n", "A function call", 'The "with" statement is used to')
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ REPORT = Path("msd-demo.html")
 
 def demo(
     model: Annotated[
-        Path | None, typer.Argument(metavar="[MODEL]", help="a float32 decoder of your own; default: the bundled one")
+        Path | None, typer.Argument(metavar="MODEL", help="a float32 decoder of your own; default: the bundled one")
     ] = None,
     tokens: Annotated[
         Path | None,

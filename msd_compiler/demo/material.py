@@ -35,7 +35,7 @@ class Material:
 
 def bundled() -> Material:
     """The trained model that comes with the package; ``models/python_docs`` made it."""
-    about = "A decoder of Llama's shape, trained on Python's documentation"
+    about = "A Llama trained on Python's documentation"
     prompt = json.loads((BUNDLED / "prompts.json").read_text())[0]["ids"]
     pieces = tuple(piece.encode("latin-1") for piece in json.loads((BUNDLED / "pieces.json").read_text()))
     return Material(BUNDLED / "model.onnx", about, read_tokens(BUNDLED / "evaluation.npz"), tuple(prompt), pieces)

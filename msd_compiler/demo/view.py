@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from ..screen import titled_table
-from .measure import COMPILED
+from .measure import COMPILED, FLOAT
 from .report import Demo, Measured
 
 _CHANGED = "yellow"
@@ -63,9 +63,14 @@ def _continuations(demo: Demo) -> Iterator[RenderableType]:
 
 
 def _verdict(demo: Demo) -> str:
-    def changed(run: str, rows: list[Measured]) -> str:
-        return " and ".join(f"{row.changed}" for row in rows if row.run == run)
-
-    low_bit = [row for row in demo.rows if row.weights != "float32"]
-    ours, today = changed(COMPILED, low_bit), changed(next(r.run for r in low_bit if r.run != COMPILED), low_bit)
-    return f"Tokens that int8 activations change: {today} of {demo.predictions}. Compiled: {ours}."
+    low_bit = [row for row in demo.rows if row.weights != FLOAT]
+    today, ours = (
+        " and ".join(f"{row.changed} ({row.weights})" for row in low_bit if (row.run == COMPILED) is compiled)
+        for compiled in (False, True)
+    )
+    massive = [row.changed for row in demo.massive]
+    with_massive = [f", {changed} with massive activations" for changed in massive] or ["", ""]
+    return (
+        f"Tokens of {demo.predictions} predicted otherwise than the weights say: {today}{with_massive[0]}. "
+        f"Compiled: {ours}{with_massive[1]}."
+    )
