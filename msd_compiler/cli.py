@@ -15,19 +15,14 @@ from rich.console import Console
 
 from . import api, genai, screen
 from .api import DEFAULT_TOLERANCE, DEFAULT_VERIFY_SECONDS, VerificationFailed
+from .compile_options import DEFAULTS, CompileOptions, with_options
 from .cost.commands import calibrate, targets
-from .cost.workload import DEFAULT as DEFAULT_WORKLOAD
-from .decide import Activations
 from .demo.command import demo
 from .errors import MsdError, OptionError, OutputError
 from .evaluate.command import evaluate
-from .float4 import ScaleRule
 from .generate import Generated, prompt_of
 from .generate import generate as generate_tokens
-from .inputs import Feed
-from .kv_cache import KvCache
 from .picture import check_plot
-from .quantize import Float4Quantization, Quantization, WeightRounding
 from .report import Report, embedded_report
 from .screen import progress_bars
 from .source import load
@@ -48,99 +43,13 @@ app = typer.Typer(
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="an .onnx file, or a folder with one in it")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")]
-Terms = Annotated[
-    int | None,
-    typer.Option(
-        help="INT8 terms of the activation; default: 2, and 3 where the model rounds the result on", min=1, max=3
-    ),
-]
 Tolerance = Annotated[float, typer.Option(help="largest relative L2 of any output")]
-
-
-class Codes(StrEnum):
-    """What float caches can be rounded to."""
-
-    INT4 = "int4"
-    INT8 = "int8"
-
-
-class WeightCodes(StrEnum):
-    """What float weights can be rounded to."""
-
-    INT4 = "int4"
-    INT8 = "int8"
-    MXFP4 = "mxfp4"
-    NVFP4 = "nvfp4"
-
-
-class ScaleRules(StrEnum):
-    """How a block's scale is found."""
-
-    STANDARD = "standard"
-    LEAST_ERROR = "least-error"
-
-
-Quantize = Annotated[
-    WeightCodes | None,
-    typer.Option(help="round the weights of float layers: int4 and int8 by onnxruntime's own quantizer"),
-]
-BlockSize = Annotated[
-    int | None, typer.Option(help="with --quantize int4 or int8: steps of K that share a scale; default: 32")
-]
-Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="with --quantize int4 or int8: blocks have zero points")]
-ScaleRuleOption = Annotated[
-    ScaleRules | None,
-    typer.Option(
-        "--scale-rule", help="with --quantize mxfp4 or nvfp4: the standard's, or of its neighbours that of least error"
-    ),
-]
-ActivationsOption = Annotated[
-    Activations,
-    typer.Option(
-        "--activations", help="those that the model itself rounds: keep their codes, exactly, or upgrade to float"
-    ),
-]
 
 
 def _generating(help: str, **bounds: float) -> Any:
     return typer.Option(help=help, rich_help_panel="With --generate", **bounds)  # type: ignore[arg-type]
 
 
-KvCacheOption = Annotated[
-    Codes | None,
-    typer.Option("--kv-cache", help="make float caches low-bit; changes the model's cache inputs and outputs"),
-]
-Samples = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE.npz",
-        help="inputs to look at activations on; with --kv-cache also for its scales (without, every token has its own)",
-    ),
-]
-
-
-def _choosing(help: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel="What is chosen, and for what", **more)
-
-
-TargetOption = Annotated[
-    str | None,
-    _choosing("profile to price for: see msd targets; default: this machine's instruction set", metavar="NAME|FILE"),
-]
-WorkloadOption = Annotated[
-    str, _choosing("phases as name=share@sizes, separated by ;", metavar="PHASES|FILE", show_default=True)
-]
-Budget = Annotated[
-    float | None, _choosing("largest relative L2 per layer; default: 1e-4, for an accelerator 2e-3", min=0)
-]
-OverrideOption = Annotated[
-    list[str] | None,
-    _choosing(
-        "for layers by name; the first that matches counts. WHAT: keep, float, 1, 2 or 3 terms, mxfp4x2, mxfp8 ...",
-        "--override",
-        metavar="GLOB=WHAT",
-    ),
-]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="a row for every layer")]
 
 
@@ -151,24 +60,14 @@ ReportOption = Annotated[
 
 
 @app.command(epilog="Example: msd compile model.onnx -o fast.onnx --report report.html")
+@with_options
 def compile(
     model: Model,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="OUT", help="default: MODEL's stem + .msd.onnx; a GenAI folder's: -msd"),
     ] = None,
-    terms: Terms = None,
-    quantize: Quantize = None,
-    block_size: BlockSize = None,
-    asymmetric: Asymmetric = False,
-    scale_rule: ScaleRuleOption = None,
-    activations: ActivationsOption = Activations.KEEP,
-    kv_cache: KvCacheOption = None,
-    samples: Samples = None,
-    target: TargetOption = None,
-    workload: WorkloadOption = DEFAULT_WORKLOAD,
-    budget: Budget = None,
-    override: OverrideOption = None,
+    options: CompileOptions = DEFAULTS,
     report: ReportOption = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="compare the result with the oracle")] = True,
     verify_seconds: Annotated[float, typer.Option(help="time for that; then layer by layer")] = DEFAULT_VERIFY_SECONDS,
@@ -182,9 +81,7 @@ def compile(
 
     Exit status 1: the result was further from the oracle than allowed and was not kept. 2: a mistake in the input.
     """
-    feeds = None if samples is None else [read_feed(samples)]
-    quantization = _quantization(quantize, block_size, asymmetric, scale_rule)
-    cache = _kv_cache(kv_cache, feeds)
+    arguments = options.arguments()
     with progress_bars(quiet=json_) as progress:
         path = output if output is not None else api.default_output(model)
         if report is not None:
@@ -193,15 +90,7 @@ def compile(
             compiled = api.compile(
                 model,
                 path,
-                terms=terms,
-                quantization=quantization,
-                activations=activations.value,
-                kv_cache=cache,
-                target=target,
-                workload=workload,
-                budget=budget,
-                overrides=override or (),
-                samples=feeds,
+                **arguments,
                 verify=verify,
                 verify_seconds=verify_seconds,
                 tolerance=tolerance,
@@ -226,45 +115,22 @@ def compile(
 
 
 @app.command(epilog="Example: msd inspect model.onnx --json")
+@with_options
 def inspect(
     model: Model,
-    terms: Terms = None,
-    quantize: Quantize = None,
-    block_size: BlockSize = None,
-    asymmetric: Asymmetric = False,
-    scale_rule: ScaleRuleOption = None,
-    activations: ActivationsOption = Activations.KEEP,
-    kv_cache: KvCacheOption = None,
-    samples: Samples = None,
-    target: TargetOption = None,
-    workload: WorkloadOption = DEFAULT_WORKLOAD,
-    budget: Budget = None,
-    override: OverrideOption = None,
+    options: CompileOptions = DEFAULTS,
     report: ReportOption = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg|png", help="draw the layers' roofline")] = None,
     verbose: Verbose = False,
     json_: Json = False,
 ) -> None:
     """Show a model's linear layers: formats, sizes, what compile would do, and why not; of a result, what it did."""
-    feeds = None if samples is None else [read_feed(samples)]
-    quantization = _quantization(quantize, block_size, asymmetric, scale_rule)
-    cache = _kv_cache(kv_cache, feeds)
+    arguments = options.arguments()
     if report is not None:
         _check_report(report, model, model)
     if plot is not None:
         check_plot(plot)
-    found = api.inspect(
-        model,
-        terms=terms,
-        quantization=quantization,
-        activations=activations.value,
-        kv_cache=cache,
-        target=target,
-        workload=workload,
-        budget=budget,
-        overrides=override or (),
-        samples=feeds,
-    )
+    found = api.inspect(model, **arguments)
     if plot is not None:
         from .roofline import draw_roofline  # here, for matplotlib takes a while
 
@@ -509,26 +375,6 @@ def _show(report: Report, as_json: bool, verbose: bool) -> None:
         print(report.json_text(), end="")
     else:
         screen.print_report(_console(), report, verbose=verbose)
-
-
-def _kv_cache(codes: Codes | None, samples: list[Feed] | None) -> KvCache | None:
-    return None if codes is None else KvCache(8 if codes is Codes.INT8 else 4, samples)
-
-
-def _quantization(
-    codes: WeightCodes | None, block_size: int | None, asymmetric: bool, scale_rule: ScaleRules | None
-) -> WeightRounding | None:
-    is_float = codes in (WeightCodes.MXFP4, WeightCodes.NVFP4)
-    if (block_size is not None or asymmetric) and (codes is None or is_float):
-        raise OptionError("--block-size and --asymmetric say how to --quantize to int4 or int8")
-    if scale_rule is not None and not is_float:
-        raise OptionError("--scale-rule says how to --quantize to mxfp4 or nvfp4")
-    if codes is None:
-        return None
-    if is_float:
-        rule: ScaleRule = "least_error" if scale_rule is ScaleRules.LEAST_ERROR else "standard"
-        return Float4Quantization("mxfp4" if codes is WeightCodes.MXFP4 else "nvfp4", rule)
-    return Quantization(4 if codes is WeightCodes.INT4 else 8, 32 if block_size is None else block_size, not asymmetric)
 
 
 def _check_report(path: Path, model: Path, target: Path) -> None:
