@@ -18,6 +18,7 @@ from ..evaluate.tokens import Tokens
 from ..generate import Generated, generate
 from ..models.massive import quantized, with_massive_activations
 from ..oracle_session import open_oracle
+from ..quantize import widths
 from ..report import Report
 from ..runtime import session
 from ..source import is_external, load, nbytes, stored_tensors
@@ -35,7 +36,6 @@ ROUNDS = 5
 """Times that every model continues the prompt, in turns."""
 
 FACTOR = 300.0
-MASSIVE_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,8 @@ def show(material: Material, folder: Path, *, progress: Progress = silent) -> Sh
     """
     model = load(material.model).proto
     tokens = _first(material.tokens, PREDICTIONS)
-    int8 = _rounded(model, 8, folder / "int8.onnx", tokens, progress)
-    int4 = _rounded(model, 4, folder / "int4.onnx", tokens, progress, closely=True)
-    rounded = [int8, int4]
+    bits = sorted(widths(), reverse=True)
+    rounded = [_rounded(model, b, folder / f"int{b}.onnx", tokens, progress, closely=b == bits[-1]) for b in bits]
     floats = evaluate(material.model, tokens=tokens, progress=progress)
     perplexity = floats.oracle.perplexity
     in_floats = Measured(
@@ -100,7 +99,7 @@ def show(material: Material, folder: Path, *, progress: Progress = silent) -> Sh
         exact_perplexity=perplexity,
         changed=len(next(run for run in floats.runs if run.name == DEFAULT).flips),
     )
-    massive = _massive(model, folder, tokens, progress)
+    massive = _massive(model, bits[0], folder, tokens, progress)
     everything = [*rounded, *massive]
     rows = [in_floats, *(row for r in everything for row in r.rows())]
     paths = [material.model, *(path for r in everything for path in (r.source, r.result))]
@@ -117,7 +116,8 @@ def show(material: Material, folder: Path, *, progress: Progress = silent) -> Sh
         factor=FACTOR,
         massive=rows[usual:],
     )
-    return Shown(demo, int4.report.model_copy(update={"evaluation": int4.evaluation}))
+    smallest = rounded[-1]
+    return Shown(demo, smallest.report.model_copy(update={"evaluation": smallest.evaluation}))
 
 
 def _first(tokens: Tokens, count: int) -> Tokens:
@@ -143,12 +143,12 @@ def _rounded(
     return _Rounded(f"int{bits}", source, result, compiled.report, found)
 
 
-def _massive(model: onnx.ModelProto, folder: Path, tokens: Tokens, progress: Progress) -> list[_Rounded]:
+def _massive(model: onnx.ModelProto, bits: int, folder: Path, tokens: Tokens, progress: Progress) -> list[_Rounded]:
     try:
         loud = with_massive_activations(model, FACTOR)
     except ModelError:
         return []  # not of Llama's kind: nothing to show it on
-    return [_rounded(loud, MASSIVE_BITS, folder / f"int{MASSIVE_BITS}-massive.onnx", tokens, progress)]
+    return [_rounded(loud, bits, folder / f"int{bits}-massive.onnx", tokens, progress)]
 
 
 def _continued(

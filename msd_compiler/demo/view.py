@@ -15,7 +15,7 @@ from .report import Demo, Measured
 _CHANGED = "yellow"
 
 _ABOUT = (
-    "Its weights were rounded to int8 and to int4 by onnxruntime's quantizer. A default session then rounds activations to "
+    "Its weights were rounded {} by onnxruntime's quantizer. A default session then rounds activations to "
     "int8 as well; compiled, they keep 16 bits. Exact: what the rounded weights mean with float activations. Changed: of {} "
     "tokens of a text, those that are predicted otherwise than exactly."
 )
@@ -25,7 +25,7 @@ def view(demo: Demo) -> RenderableType:
     """The whole demo."""
     parts: list[RenderableType] = [
         Text(f"{demo.model}: {demo.parameters / 1e6:.2f} million parameters", style="bold"),
-        Text(_ABOUT.format(demo.predictions)),
+        Text(_ABOUT.format(_codes(demo), demo.predictions)),
         Text(),
         _table(demo.rows),
     ]
@@ -34,6 +34,10 @@ def view(demo: Demo) -> RenderableType:
         parts += [Text(), Text(text), _table(demo.massive)]
     parts += [Text(), *_continuations(demo), Text(), Text(_verdict(demo), style="bold")]
     return Group(*parts)
+
+
+def _codes(demo: Demo) -> str:
+    return " and ".join(dict.fromkeys(f"to {row.weights}" for row in demo.rows if row.weights != FLOAT))
 
 
 def _table(rows: list[Measured]) -> RenderableType:

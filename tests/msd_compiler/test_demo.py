@@ -13,8 +13,10 @@ from real_models import SHARED
 from msd_compiler import ModelError, OptionError, cli
 from msd_compiler.demo import material, measure
 from msd_compiler.demo.report import Demo
+from msd_compiler.quantize import widths
 from msd_compiler.report import Report
 
+CODES = [f"int{bits}" for bits in sorted(widths(), reverse=True)]
 STORIES = SHARED / "lm_stories260k"
 
 
@@ -32,20 +34,15 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def check(demo: Demo) -> None:
     """What the demo is there to show."""
-    assert [(row.weights, row.run) for row in demo.rows] == [
-        ("float32", "default session"),
-        ("int8", "default session"),
-        ("int8", "compiled"),
-        ("int4", "default session"),
-        ("int4", "compiled"),
-    ]
+    low_bit = [(weights, run) for weights in CODES for run in ("default session", "compiled")]
+    assert [(row.weights, row.run) for row in demo.rows] == [("float32", "default session"), *low_bit]
     assert [row.run for row in demo.massive] == ["default session", "compiled"]
     for row in (*demo.rows, *demo.massive):
         if row.run == "compiled":
             assert row.perplexity == pytest.approx(row.exact_perplexity, rel=5e-5)
             assert row.changed <= 0.001 * demo.predictions
-    floats, int8, _, int4, _ = (row.bytes for row in demo.rows)
-    assert floats > int8 > int4
+    of_sources = [row.bytes for row in demo.rows if row.run == "default session"]
+    assert of_sources == sorted(of_sources, reverse=True)
     assert all(row.tokens_per_second > 0 for row in demo.rows)
     today, ours = demo.massive
     assert today.perplexity > 1.5 * today.exact_perplexity
@@ -56,7 +53,8 @@ def test_json_models_and_report(short, capsys, tmp_path):
     folder, report = tmp_path / "models", tmp_path / "report.json"
     demo = Demo.model_validate_json(run(capsys, "--json", "-o", folder, "--report", report))
     assert demo.predictions == 300
-    assert {p.name for p in folder.glob("*.msd.onnx")} == {"int4.msd.onnx", "int8.msd.onnx", "int8-massive.msd.onnx"}
+    made = {f"{codes}.msd.onnx" for codes in (*CODES, f"{CODES[0]}-massive")}
+    assert {p.name for p in folder.glob("*.msd.onnx")} == made
     written = Report.model_validate_json(report.read_text())
     assert written.evaluation is not None
     assert written.evaluation.tokens.predictions == 300
