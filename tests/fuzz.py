@@ -13,6 +13,7 @@ import io
 import json
 import os
 import random
+import re
 import select
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 from mutations import mutate, mutate_bytes
@@ -73,6 +75,14 @@ GRAPHS = {
 }
 """Small models of spellings that the files lack."""
 
+FLOAT4_GRAPHS = {
+    "mxfp4": "d = DequantizeLinear<axis=0, block_size=32, output_dtype=1>(w, e8m0)  y = Gemm<alpha=0.5>(x, d, b)",
+    "mxfp4, looked up": "d = DequantizeLinear<axis=0, block_size=32, output_dtype=1>(w, e8m0)  g = Gather(d, i)  a = Add(x, g)  y = MatMul(a, d)",
+    "nvfp4": "s = DequantizeLinear(e4m3, whole)  d = DequantizeLinear<axis=1, block_size=16>(w, s)  t = Transpose(d)  y = MatMul(x, t)",
+    "nvfp4, casts": "s = DequantizeLinear(e4m3, whole)  d = DequantizeLinear<axis=1, block_size=16>(w, s)  c = Cast<to=10>(d)  t = Transpose(c)  h = Cast<to=10>(x)  p = MatMul(h, t)  y = Cast<to=1>(p)",
+}
+"""The same of weights of FLOAT4E2M1, opset 24."""
+
 
 def built() -> list[Seed]:
     rng = np.random.default_rng(0)
@@ -80,12 +90,17 @@ def built() -> list[Seed]:
         "w": rng.standard_normal((24, 40)).astype(np.float32), "s": np.full(24, 0.02, np.float32), "z": np.zeros(24, np.int8),
         "b": np.full((24, 3), 0.02, np.float32), "low": np.int8(-7), "high": np.int8(7), "shape": np.array([2, 12, 40]), "yes": np.array(True),
     }  # fmt: skip
+    float4 = {
+        "w": rng.integers(0, 16, (40, 40)).astype(np.uint8).view(ml_dtypes.float4_e2m1fn), "b": np.ones(40, np.float32), "i": np.array([3, 0, 39]),
+        "e8m0": rng.integers(118, 126, (2, 40)).astype(np.uint8).view(ml_dtypes.float8_e8m0fnu),
+        "e4m3": rng.integers(40, 126, (40, 3)).astype(np.uint8).view(ml_dtypes.float8_e4m3fn), "whole": np.float32(0.004),
+    }  # fmt: skip
     found = []
-    for name, nodes in GRAPHS.items():
-        proto = model(
-            f"(float[3,40] x) => (float[] y) {{ {nodes} }}", **{k: v for k, v in tensors.items() if k in nodes}
-        )
-        found.append(Seed(Path(name), proto, ()))
+    for graphs, stored, opset in ((GRAPHS, tensors, 21), (FLOAT4_GRAPHS, float4, 24)):
+        for name, nodes in graphs.items():
+            used = {key: value for key, value in stored.items() if re.search(rf"\b{key}\b", nodes)}
+            proto = model(f"(float[3,40] x) => (float[] y) {{ {nodes} }}", opset=opset, **used)
+            found.append(Seed(Path(name), proto, ()))
     return found
 
 

@@ -13,7 +13,7 @@ NUMBERS = (0, 1, -1, 2, 7, 2**31 - 1, 2**31, 2**62, 2**63 - 1, -(2**63))
 TEXTS = ("", "x", "nothing", "a" * 5000, "ü\n\0[red]", "../up", "/", "1e999")
 OPS = (
     "MatMul", "Gemm", "DequantizeLinear", "QuantizeLinear", "Clip", "MatMulNBits", "GatherBlockQuantized", "Reshape", "Transpose",
-    "Cast", "Add", "Mul", "Identity", "Gather", "If", "Loop", "Constant", "MatMulInteger", "DynamicQuantizeLinear", "QMoE",
+    "Cast", "Add", "Mul", "Identity", "Gather", "If", "Loop", "Constant", "MatMulInteger", "DynamicQuantizeLinear", "QMoE", "TRT_MXFP8DequantizeLinear",
 )  # fmt: skip
 DOMAINS = ("", "ai.onnx", "com.microsoft", "msd", "trt", "nowhere")
 
@@ -103,7 +103,9 @@ def reattribute(proto: onnx.ModelProto, rng: random.Random) -> None:
     if kind == 0:
         attribute.type = rng.choice([*AttributeProto.AttributeType.values(), 99])
     elif kind == 1:
-        attribute.name = rng.choice(["axis", "block_size", "K", "N", "bits", "to", "perm", "alpha", "value", ""])
+        attribute.name = rng.choice(
+            ["axis", "block_size", "output_dtype", "K", "N", "bits", "to", "perm", "alpha", "value", ""]
+        )
     elif kind == 2:
         attribute.s, attribute.type = rng.choice([b"", b"1", b"\xff\xfe"]), AttributeProto.STRING
     elif kind == 3:

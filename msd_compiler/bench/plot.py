@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..picture import check_plot, save_plot
-from .linear import MEASURE, OURS
+from .linear import AS_INT8, MEASURE, OURS
 from .report import AttentionReport, DecodeReport, DecodeRow, LinearReport, LinearRow, ModelsReport, Report
 from .timing import Time
 
@@ -67,8 +67,9 @@ def _(report: LinearReport) -> Any:
     for i, line in enumerate(lines):
         for j, weight in enumerate(weights):
             _draw_times(axes[i][j], report, line, weight)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    curves = [axis.get_legend_handles_labels() for axis in axes[0]]
+    named = {label: handle for handles, labels in curves for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
@@ -101,19 +102,22 @@ def _draw_times(axis: Any, report: LinearReport, line: _Line, weight: str) -> No
     """Times of every way, and the limits of float32 and of our products: no time can be below its own."""
     found = [row for row in report.rows if row.weight == weight and line.contains(row)]
     found.sort(key=lambda row: getattr(row, line.size))
-    for number, way in enumerate(dict.fromkeys(row.way for row in report.rows)):
+    ways = list(dict.fromkeys(row.way for row in report.rows))
+    colors = list(dict.fromkeys(way.removesuffix(AS_INT8) for way in ways))  # never both in one picture
+    for way in ways:
+        color = f"C{colors.index(way.removesuffix(AS_INT8))}"
         for curve, m in enumerate(line.rows or (None,)):
             rows = [row for row in found if row.way == way and m in (None, row.m)]
             if not rows:
                 continue
-            style: dict[str, Any] = {"color": f"C{number}", "label": way if curve == 0 else None}
+            style: dict[str, Any] = {"color": color, "label": way if curve == 0 else None}
             sizes, times = [getattr(row, line.size) for row in rows], [row.time for row in rows]
             width = 2.2 if way == OURS.name else 1.1
             axis.errorbar(sizes, [t.median_ms for t in times], _errors(times), marker=".", linewidth=width, **style)
             if way in _LIMITS:
                 least = [1e3 * report.limits.least_seconds(r.unit, r.operations, r.stored_bytes) for r in rows]
                 style["label"] = f"limit of {way}" if curve == 0 else None
-                axis.plot(sizes, least, linestyle="--", linewidth=1, color=f"C{number}", label=style["label"])
+                axis.plot(sizes, least, linestyle="--", linewidth=1, **style)
     axis.set(title=f"{weight}: {line.title}", xlabel=line.size.upper(), ylabel="ms", xscale="log", yscale="log")
     ticks = sorted({getattr(row, line.size) for row in found})
     axis.set_xticks(ticks, list(map(str, ticks)))

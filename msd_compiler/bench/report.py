@@ -130,7 +130,7 @@ class LinearRow(Record):
     k: int
     n: int
     weight: str
-    """"int8 per channel", "int8 block 128" or "int4 block 32"."""
+    """"int8 per channel", "int8 block 128", "int4 block 32" or "mxfp4 block 32"; ``way`` says where its codes are others."""
     time: Time
     ratio: float
     """Median time over that of the float32 MatMul."""

@@ -7,6 +7,7 @@ import errno
 import io
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import onnx
 import onnxruntime
 import pytest
 from msd_compiler.models import TINY_LLAMA
+from onnx import numpy_helper
 from rich.console import Console
-from support import model, nbits_weight
+from support import model, nbits_weight, runs_opset
 
 import msd_compiler
 from msd_compiler import MsdError, OptionError, OutputError, cli
@@ -41,7 +43,7 @@ from msd_compiler.bench.attention import WAYS as ATTENTION_WAYS
 from msd_compiler.bench.decode import UNITS
 from msd_compiler.bench.decode import _open as open_decoder
 from msd_compiler.bench.decoding import DecodeGrid, time_decoding
-from msd_compiler.bench.linear import OPENVINO, OURS, PORTABLE, WAYS, Weight
+from msd_compiler.bench.linear import AS_INT8, INT4, OPENVINO, OURS, PORTABLE, WAYS, Layer, Weight
 from msd_compiler.bench.llama import DEQUANTIZE, LEVEL_0, LEVEL_4, Llama, write
 from msd_compiler.bench.machine import Limits, measure_limits
 from msd_compiler.bench.openvino import is_installed
@@ -57,11 +59,19 @@ QUICK = Effort(runs=3, seconds=0, grid=DecodeGrid(prompt=16, cached=(8, 16)), st
 GRID = LinearGrid(
     rows=(1, 3),
     shapes=((256, 96),),
-    weights=(Weight("int8 per channel", 8, None), Weight("int8 block 128", 8, 128), Weight("int4 block 32", 4, 32)),
     ramp=((256, 48), (128, 96)),
     ramp_rows=(1, 2),
     read_bytes=2**16,
 )
+(MXFP4,) = (weight for weight in GRID.weights if weight.is_float)
+BESIDE_FLOAT4 = [
+    "MatMul float32",
+    "DequantizeLinear -> MatMul as int8",
+    "MatMulNBits level 0 as int8",
+    "MatMulNBits level 4 as int8",
+    OURS.name,
+    PORTABLE.name,
+]
 LLAMA = Llama(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=96, vocabulary=128, block=32, positions=64, seed=1)
 RUNTIME = runtime_version()
 
@@ -284,11 +294,16 @@ def test_products(products):
     ways = [way.name for way in (*WAYS, PORTABLE, *(OPENVINO if is_installed() else []))]
     for weight in GRID.weights:
         found = [r.way for r in products.rows if (r.k, r.n, r.m, r.weight) == (256, 96, 1, weight.name)]
-        if weight.bits == 4 or RUNTIME >= (1, 22):
-            assert found == ways
-        else:  # no MatMulNBits of 8 bits
-            assert found == [way for way in ways if "NBits" not in way]
+        expected = [*BESIDE_FLOAT4, *(way.name + AS_INT8 for way in OPENVINO if is_installed()), "msd.MatMul int4"]
+        if not weight.is_float:
+            expected = ways
+        elif not runs_opset(24):
+            expected = [way for way in expected if way not in (OURS.name, PORTABLE.name)]
+            assert any(note.startswith(f"{OURS.name}, {weight.name}: ") for note in products.notes)
+        if weight is not INT4 and RUNTIME < (1, 22):  # no MatMulNBits of 8 bits
+            expected = [way for way in expected if "NBits" not in way]
             assert any("MatMulNBits level 0" in note and weight.name in note for note in products.notes)
+        assert found == expected
     for row in products.rows:
         assert row.ratio > 0
         limits, seconds = products.limits, row.time.median_ms / 1e3
@@ -297,7 +312,7 @@ def test_products(products):
             limits.least_seconds(row.unit, row.operations, row.stored_bytes) / seconds
         )
         assert row.relative_l2 < 0.05
-        if row.way in (OURS.name, PORTABLE.name):
+        if row.way.startswith(OURS.name):
             assert row.relative_l2 < 1e-4
         if row.way == WAYS[0].name:
             assert row.ratio == 1
@@ -306,10 +321,50 @@ def test_products(products):
         *((256, 96, m) for m in GRID.rows),
         *((*shape, m) for shape in GRID.ramp for m in GRID.ramp_rows),
     }
+    assert {r.m for r in products.rows if r.weight == MXFP4.name} == {1}  # of those that it is timed for
     text = shown(products)
-    assert "256 x 96, int4 block 32" in text
+    for words in ("256 x 96, int4 block 32", "256 x 96, mxfp4 block 32", "DequantizeLinear -> MatMul as int8"):
+        assert words in text
     assert "256 x 48" not in text  # for the plot
     assert "% of limit at M =" in text
+
+
+def test_float4_is_what_the_format_says():
+    """The weight that we multiply, those that the others get, and the floats that say what is right."""
+    layer = Layer.random(256, 32, MXFP4)
+    spelled = linear_module._mxfp4(layer)
+    codes, scales = (numpy_helper.to_array(t) for t in spelled.graph.initializer)
+    assert (codes.dtype.name, scales.dtype.name) == ("float4_e2m1fn", "float8_e8m0fnu")
+    assert len(np.unique(codes.astype(np.float32))) == 15
+    means = codes.astype(np.float32) * scales.astype(np.float32).repeat(32, axis=0)
+    np.testing.assert_array_equal(means, layer.floats)
+    others = layer.as_int8()
+    np.testing.assert_array_equal(others.codes * others.scales.repeat(32, axis=0), layer.floats)
+    assert layer.stored_bytes == Layer.random(256, 32, INT4).stored_bytes == 256 * 32 // 2 + 4 * 8 * 32
+    assert others.stored_bytes == 256 * 32 + 4 * 8 * 32
+    model = linear_module._dequantized(others)
+    assert [t.data_type for t in model.graph.initializer] == [onnx.TensorProto.INT8, onnx.TensorProto.FLOAT]
+
+
+def test_a_runtime_without_opset_24_is_noted(monkeypatch):
+    build = OURS.build
+
+    def refuse(layer):
+        if layer.weight.is_float:
+            raise RuntimeRefused("no opset 24")
+        return build(layer)
+
+    ours = replace(OURS, build=refuse)
+    monkeypatch.setattr(linear_module, "OURS", ours)
+    monkeypatch.setattr(linear_module, "WAYS", (*WAYS[:-1], ours))
+    monkeypatch.setattr(linear_module, "is_installed", lambda: False)
+    grid = LinearGrid(rows=(1,), shapes=((128, 32),), weights=(MXFP4,), ramp=(), read_bytes=2**16)
+    found = bench_linear(runs=3, seconds=0, grid=grid)
+    assert "msd.MatMul, mxfp4 block 32: no opset 24" in found.notes
+    assert found.rows[0].way == WAYS[0].name
+    assert found.rows[-1].way == "msd.MatMul int4"
+    assert OURS.name not in {row.way for row in found.rows}
+    assert shown(found)
 
 
 def test_openvino_that_does_not_load_is_noted(monkeypatch):
