@@ -93,5 +93,6 @@ def dequantized(
     exact: np.ndarray = codes.astype(np.int64 if is_integer else np.float32)
     if zero_points is not None:
         exact = exact - beside(zero_points.astype(exact.dtype))
-    values: np.ndarray = exact.astype(np.float32, copy=False) * beside(scales.astype(np.float32))
+    with np.errstate(over="ignore"):  # infinite, as ONNX has it
+        values: np.ndarray = exact.astype(np.float32, copy=False) * beside(scales.astype(np.float32))
     return values

@@ -105,13 +105,12 @@ def _crests(x: np.ndarray, layer: _Layer) -> dict[int, float]:
     """By group length; empty if every row is zero."""
     if len(layer.found.weights) == 1:
         values, _ = float_values(layer.found.weight)
-        weighed, energy = (
-            np.sum(values.astype(np.float64) ** 2, axis=1),
-            np.sum((x @ values).astype(np.float64) ** 2, axis=1),
-        )
+        with np.errstate(over="ignore"):  # what is beyond float32 is so in the model, too
+            y = x @ values
+        weighed, energy = np.sum(values.astype(np.float64) ** 2, axis=1), np.sum(y.astype(np.float64) ** 2, axis=1)
     else:  # experts: which of them a row meets is not known, so all of K counts alike
         weighed, energy = np.ones(x.shape[1]), np.sum(x.astype(np.float64) ** 2, axis=1)
-    alive = energy > 0
+    alive = (energy > 0) & np.isfinite(energy)
     if not alive.any():
         return {}
     return {group: _crest(x[alive], weighed, energy[alive], group) for group in layer.groups}

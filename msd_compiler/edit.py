@@ -57,6 +57,8 @@ class Edit:
         The new nodes keep what the first one says of its origin (torch's module paths are in a node's metadata).
         """
         positions = sorted(p for n in nodes if (p := scope.position(n)) is not None)
+        for position in positions:
+            _refuse_graphs(scope.proto.node[position])
         origin = scope.proto.node[positions[0]]
         for node in by:
             node.metadata_props.extend(origin.metadata_props)
@@ -113,6 +115,7 @@ class Edit:
         """Take a node away and let all who read its output read ``to``; a graph output keeps its name."""
         position = scope.position(node)
         assert position is not None
+        _refuse_graphs(scope.proto.node[position])
         self._replacements.setdefault(scope.index, {})[position] = []
         self.rename(scope, str(node.outputs[0].name), to)
 
@@ -175,6 +178,13 @@ class Edit:
             del self.proto.graph.input[:]
             self.proto.graph.input.extend(inputs)
         self.proto.ir_version = max(self.proto.ir_version, FUNCTIONS_NEED_IR)
+
+
+def _refuse_graphs(node: onnx.NodeProto) -> None:
+    """See that a node that goes away holds no graph: none of the ops that do has one, and graphs are known by number."""
+    if any(a.HasField("g") or a.graphs for a in node.attribute):
+        name = node.name or next(iter(node.output), "")
+        raise ModelError(f"{node.op_type} {name!r} holds a graph, and the op has no attribute that is one")
 
 
 def _held(name: str, value: np.ndarray) -> TensorProto:

@@ -25,5 +25,6 @@ def float_values(weight: LowBitWeight) -> tuple[np.ndarray, np.ndarray]:
         steps = steps * data.input_scales[:, None]
     values = decode(data.codes, weight.codebook).astype(np.float32)
     values -= zeros[group] if len(zeros) > 1 else zeros
-    values *= steps
+    with np.errstate(over="ignore"):  # infinite in the model, too
+        values *= steps
     return values, steps

@@ -262,3 +262,19 @@ def test_declare(name, declared):
     for _ in range(2):
         edit.declare(linked.scopes[0], name, TensorProto.FLOAT, [2])
     assert len(edit.proto.graph.value_info) == declared
+
+
+def test_a_node_that_goes_away_holds_no_graph():
+    """Graphs are known by number, and one less would shift the rest."""
+    proto = model("(float[M,40] x) => (float[M,20] y) { d = DequantizeLinear(w, s, z)  y = MatMul(x, d) }", **INT8)
+    body = onnx.GraphProto()
+    body.CopyFrom(proto.graph)
+    proto.graph.node[0].attribute.append(helper.make_attribute("body", body))
+    linked = Linked.of(Source(proto, Path()))
+    scope = linked.scopes[0]
+    node = next(n for n in scope.graph.nodes if n.op == "DequantizeLinear")
+    edit = Edit(linked.source)
+    with pytest.raises(ModelError, match="DequantizeLinear 'd' holds a graph"):
+        edit.replace(scope, [node], [helper.make_node("Cast", ["w"], ["d"], to=TensorProto.FLOAT)])
+    with pytest.raises(ModelError, match="DequantizeLinear 'd' holds a graph"):
+        edit.bypass(scope, node, "w")
