@@ -155,7 +155,7 @@ def _continued(
     material: Material, rows: list[Measured], paths: list[Path], exact: list[Path], progress: Progress
 ) -> list[Measured]:
     """Rows with speed and continuation; ``exact`` are the sources whose oracle chooses the tokens to compare with."""
-    sessions = {path: session(path) for path in paths}
+    sessions = {path: session(path, intra_op_num_threads=1) for path in paths}  # idle threads of one disturb the others
     runs: dict[Path, list[Generated]] = {path: [] for path in paths}
     for done in range(ROUNDS):
         progress("generating", done, ROUNDS)

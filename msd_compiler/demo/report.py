@@ -18,7 +18,7 @@ class Measured(_Row):
     perplexity: float
     exact_perplexity: float = Field(description="of what these weights mean: the oracle's")
     changed: int = Field(description="predictions whose likeliest token is not the oracle's")
-    tokens_per_second: float = Field(0.0, description="one at a time")
+    tokens_per_second: float = Field(0.0, description="one at a time, in one thread")
     continuation: str = Field("", description="of the prompt, the likeliest token each time")
     as_exact: int = Field(0, description="tokens of the continuation before the first that the oracle would not choose")
 
