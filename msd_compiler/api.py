@@ -181,10 +181,11 @@ def compile(
     given = load(model)
     path = None if output is None else _target(given, Path(output))
     check = _Check(verify, verify_seconds, tolerance, progress, measure)
+    decided = decide(given, asked, progress)
     try:
-        return _compile(given, path, decide(given, asked, progress), check, progress)
+        return _compile(given, path, decided, check, progress)
     except VerificationFailed as failure:
-        looked = _looked_at(given, asked, failure, check)
+        looked = _looked_at(given, asked, decided, failure, check)
         if looked is None:
             raise
     return _compile(given, path, looked, replace(check, note=_LOOKED_AT), progress)
@@ -196,7 +197,9 @@ _LOOKED_AT = (
 )
 
 
-def _looked_at(given: Source, asked: Options, failure: VerificationFailed, check: _Check) -> Decided | None:
+def _looked_at(
+    given: Source, asked: Options, first: Decided, failure: VerificationFailed, check: _Check
+) -> Decided | None:
     """Another decision, with activations looked at on the inputs on which a result failed; None if it is no other.
 
     Massive activations (onnxruntime issue 29849) are what two terms, chosen without having seen any, may not be enough for.
@@ -204,7 +207,6 @@ def _looked_at(given: Source, asked: Options, failure: VerificationFailed, check
     verification = failure.report.verification
     if asked.terms is not None or asked.target.samples is not None or verification is None or not verification.outputs:
         return None
-    first = decide(given, asked, check.progress)
     assert first.oracle is not None  # or there were no outputs
     samples = made_inputs(first.oracle, Clock(check.seconds))
     try:

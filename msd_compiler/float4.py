@@ -57,13 +57,13 @@ def round_to_float4(weight: np.ndarray, format: Format, scale_rule: ScaleRule = 
         weight: ``[K, N]`` of finite floats.
     """
     if format == "mxfp4":
-        return _rounded(weight, 32, _mx_scales(_MX_OFFSETS if scale_rule == "least_error" else (0,)))
+        return _rounded(weight, BLOCK_SIZES[format], _mx_scales(_MX_OFFSETS if scale_rule == "least_error" else (0,)))
     peak = np.float32(np.abs(weight).max(initial=0))
     whole = peak / (LARGEST * _LARGEST_E4M3)
     if whole < np.finfo(np.float32).tiny:
         whole = np.float32(1)  # nothing but zeros, or as good as
     offsets = _NV_OFFSETS if scale_rule == "least_error" else (0,)
-    found = _rounded(weight, 16, _nv_scales(whole, offsets))
+    found = _rounded(weight, BLOCK_SIZES[format], _nv_scales(whole, offsets))
     return Float4(found.codes, found.scales, np.asarray(whole, np.float32))
 
 

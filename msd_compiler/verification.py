@@ -23,7 +23,7 @@ from .oracle import half_precision
 from .oracle_session import Convert, open_oracle
 from .report import Method, OutputRow, SiteError, Verification
 from .runtime import SAY_NOTHING, RuntimeRefused, TimedOut, open_model, run
-from .runtime_ops.matmul.layout import CODEBOOKS
+from .runtime_ops.matmul.layout import decode
 from .source import Source
 from .verify_attention import RewrittenAttention, attention_error
 
@@ -469,7 +469,6 @@ def float64_product(x: np.ndarray, weight: LowBitWeight, alpha: float, bias: np.
     data = weight.load()
     k, n, block = weight.k, weight.n, weight.block_size or weight.k
     zeros = data.zero_points if data.offsets is None else data.zero_points + data.offsets.astype(np.float64)
-    numbers = CODEBOOKS.get(weight.codebook, np.arange(256)).astype(np.float64)
     x = x.astype(np.float64)
     y = np.zeros((len(x), n))
     by_column = data.codes.strides[0] < data.codes.strides[1]  # neighbours in memory are read together
@@ -481,7 +480,7 @@ def float64_product(x: np.ndarray, weight: LowBitWeight, alpha: float, bias: np.
             centred = x[:, first:end].sum(1, keepdims=True) * -_row_of(zeros, group, columns)
             for at in range(first, end, depth):
                 steps = slice(at, min(at + depth, end))
-                centred = centred + x[:, steps] @ numbers[data.codes[steps, columns]]
+                centred = centred + x[:, steps] @ decode(data.codes[steps, columns], weight.codebook).astype(np.float64)
             y[:, columns] += centred * _row_of(data.scales, group, columns)
     return alpha * y + (0 if bias is None else bias)
 

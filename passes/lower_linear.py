@@ -10,13 +10,13 @@ from math import gcd, prod
 import numpy as np
 import onnx
 from msd_compiler.runtime_ops.matmul.layout import (
-    CODEBOOKS,
     LAYOUT,
     LONGEST_GROUP,
     ActivationFormat,
     Codebook,
     Plan,
     Storage,
+    decode,
     pack_codes,
     pack_columns,
 )
@@ -181,7 +181,6 @@ def _product_of_codes(
     scale = str(codes.scale.name)
     if fact.element_type != TensorProto.FLOAT:
         scale = build.node("Cast", scale, to=TensorProto.FLOAT)
-    b = data.codes if weight.codebook is Codebook.INTEGER else CODEBOOKS[weight.codebook][data.codes]
     scales = _by_group(data.scales * np.float32(fact.alpha), weight, plan)
     if len(scales) == 1 and (weight.k > LONGEST_SUM or len(data.zero_points) > 1):
         scales = np.repeat(scales, plan.groups, axis=0)  # then all K is not one sum
@@ -190,7 +189,7 @@ def _product_of_codes(
         x,
         scale,
         str(zero_point),
-        build.constant("B", pack_codes(b, plan)),
+        build.constant("B", pack_codes(decode(data.codes, weight.codebook), plan)),
         build.constant("scales", pack_columns(scales)),
         build.constant("zero_points", _columns(data.zero_points, weight, plan)),
         build.constant("bias", bias),

@@ -32,7 +32,8 @@ def demo(
     json_: Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")] = False,
 ) -> None:
     """Round a trained language model to int8 and int4, compile, and show what that does to text, speed and size."""
-    from ..page import check_format, write_report
+    from ..evaluate.attach import check_report
+    from ..page import write_report
     from ..screen import progress_bars
     from .material import bundled, of_files
     from .measure import show
@@ -40,9 +41,7 @@ def demo(
 
     if (model is None) != (tokens is None):
         raise OptionError("MODEL and --tokens belong together: a decoder, and what to evaluate it on")
-    check_format(report)
-    if report.is_dir() or not report.parent.is_dir():
-        raise OutputError(f"report {str(report)!r} cannot be written: it must be a file in an existing folder")
+    check_report(report, [] if model is None else [model])
     if output is not None:
         try:
             output.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import onnxruntime
 
 from .. import api
 from ..errors import ModelError
+from ..evaluate.attach import with_evaluation
 from ..evaluate.measure import evaluate
 from ..evaluate.report import DEFAULT, Evaluation
 from ..evaluate.tokens import Tokens
@@ -117,7 +118,7 @@ def show(material: Material, folder: Path, *, progress: Progress = silent) -> Sh
         massive=rows[usual:],
     )
     smallest = rounded[-1]
-    return Shown(demo, smallest.report.model_copy(update={"evaluation": smallest.evaluation}))
+    return Shown(demo, with_evaluation(smallest.report, smallest.evaluation))
 
 
 def _first(tokens: Tokens, count: int) -> Tokens:
